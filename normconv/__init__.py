@@ -1,0 +1,84 @@
+"""normconv: take BatchNorm out of a PyTorch model, keep what it computes, prove it, deploy it.
+
+The names below are resolved when they are first used: `import normconv` loads no torch.
+
+>>> import normconv as nc
+>>> sorted(nc.__all__)[:3]
+['CaptureError', 'Check', 'CheckFailed']
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# One table: a public name and the module that defines it.
+_PUBLIC = {
+    "apply_plan": "normconv.surgery",
+    "convert": "normconv.api",
+    "export_onnx": "normconv.api",
+    "fold": "normconv.api",
+    "load": "normconv.sources",
+    "make_plan": "normconv.surgery",
+    "save": "normconv.sources",
+    "verify": "normconv.deploy",
+    "Check": "normconv.report",
+    "Plan": "normconv.plan",
+    "Recipe": "normconv.plan",
+    "Report": "normconv.report",
+    "Result": "normconv.surgery",
+    "Rule": "normconv.plan",
+    "Step": "normconv.plan",
+    "CaptureError": "normconv.errors",
+    "CheckFailed": "normconv.errors",
+    "LoadError": "normconv.errors",
+    "MissingDependency": "normconv.errors",
+    "NormconvError": "normconv.errors",
+    "PlanError": "normconv.errors",
+    "Problem": "normconv.errors",
+    "Refused": "normconv.errors",
+    "UsageError": "normconv.errors",
+}
+
+__all__ = [*_PUBLIC, "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(import_module(_PUBLIC[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'normconv' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:
+    from normconv.api import convert as convert
+    from normconv.api import export_onnx as export_onnx
+    from normconv.api import fold as fold
+    from normconv.deploy import verify as verify
+    from normconv.errors import CaptureError as CaptureError
+    from normconv.errors import CheckFailed as CheckFailed
+    from normconv.errors import LoadError as LoadError
+    from normconv.errors import MissingDependency as MissingDependency
+    from normconv.errors import NormconvError as NormconvError
+    from normconv.errors import PlanError as PlanError
+    from normconv.errors import Problem as Problem
+    from normconv.errors import Refused as Refused
+    from normconv.errors import UsageError as UsageError
+    from normconv.plan import Plan as Plan
+    from normconv.plan import Recipe as Recipe
+    from normconv.plan import Rule as Rule
+    from normconv.plan import Step as Step
+    from normconv.report import Check as Check
+    from normconv.report import Report as Report
+    from normconv.sources import load as load
+    from normconv.sources import save as save
+    from normconv.surgery import Result as Result
+    from normconv.surgery import apply_plan as apply_plan
+    from normconv.surgery import make_plan as make_plan

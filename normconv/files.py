@@ -1,0 +1,71 @@
+"""Writing files so that a reader sees the old file or the whole new one, and hashing them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+__all__ = ["atomic_path", "rejected_path", "sha256_of", "write_json"]
+
+_BLOCK = 1 << 20
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path of the same name to write to, and move what stands there to `path`.
+
+    The temporary folder is made beside `path`, so the move is a rename. Companions written next to
+    the temporary file (external data of an ONNX file) move with it, before it: whoever sees the new
+    file sees its companions. On an exception everything temporary is removed and `path` is untouched.
+
+    >>> import tempfile, pathlib
+    >>> target = pathlib.Path(tempfile.mkdtemp()) / "a.txt"
+    >>> with atomic_path(target) as temporary:
+    ...     _ = temporary.write_text("whole")
+    >>> target.read_text()
+    'whole'
+    """
+    final = Path(path)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    try:
+        temporary = folder / final.name
+        yield temporary
+        written = sorted(folder.iterdir(), key=lambda entry: entry == temporary)
+        for entry in written:
+            os.replace(entry, final.parent / entry.name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def rejected_path(path: str | os.PathLike[str]) -> Path:
+    """Name the file that a failed check leaves instead of `path`.
+
+    >>> rejected_path("out/model.onnx").as_posix()
+    'out/model.onnx.rejected'
+    """
+    path = Path(path)
+    return path.with_name(path.name + ".rejected")
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path: str | os.PathLike[str], document: Any) -> None:
+    """Write a JSON document atomically, indented, with a closing newline."""
+    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

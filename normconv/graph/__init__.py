@@ -1,0 +1,15 @@
+"""Capture of models into one neutral call graph, the sites in it, and passes over GraphModules."""
+
+from normconv.graph.calls import Call as Call
+from normconv.graph.calls import CallGraph as CallGraph
+from normconv.graph.capture import capture as capture
+from normconv.graph.families import NormState as NormState
+from normconv.graph.families import is_norm as is_norm
+from normconv.graph.families import norm_state as norm_state
+from normconv.graph.families import trailing_of as trailing_of
+from normconv.graph.fx_capture import trace as trace
+from normconv.graph.names import Names as Names
+from normconv.graph.sites import Site as Site
+from normconv.graph.sites import Survey as Survey
+from normconv.graph.sites import judge as judge
+from normconv.graph.sites import survey as survey

@@ -1,0 +1,131 @@
+"""Capture by `torch.export`: slower, passes through Python control flow.
+
+The exported graph is one of tensor operators; `nn_module_stack` tells which module made each. The
+operators of one call of a norm or linear operator are put together again into one call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from normconv.graph.calls import Call, CallGraph, CallKind, first_shape
+from normconv.graph.families import is_leaf
+from normconv.graph.names import Names
+
+__all__ = ["capture_with_export"]
+
+
+def capture_with_export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], names: Names
+) -> CallGraph:
+    """Capture a forward pass of the model in its present mode.
+
+    Raises:
+        Exception: whatever `torch.export` meets.
+    """
+    with torch.no_grad(), _quiet():
+        program = torch.export.export(model, args, dict(kwargs), strict=False)
+    signature = program.graph_signature
+    tensor_names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return _Grouping(tensor_names, modules, names).read(program.graph)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class _Grouping:
+    """Walks the exported nodes and groups those of one leaf call."""
+
+    def __init__(
+        self, tensor_names: Mapping[str, str], modules: Mapping[str, nn.Module], names: Names
+    ) -> None:
+        self._tensor_names = tensor_names
+        self._modules = modules
+        self._names = names
+        self._reads: set[str] = set()
+
+    def read(self, graph: fx.Graph) -> CallGraph:
+        key_of: dict[fx.Node, Any] = {}
+        members: dict[Any, list[fx.Node]] = {}
+        for node in graph.nodes:
+            if node.op == "placeholder" and node.name in self._tensor_names:
+                continue
+            key = self._leaf_call(node) or node
+            key_of[node] = key
+            members.setdefault(key, []).append(node)
+            self._note_reads(node, key)
+        # A group stands where its last operator stood: all that it takes came before.
+        position = {node: place for place, node in enumerate(graph.nodes)}
+        keys = sorted(members, key=lambda key: position[members[key][-1]])
+        index_of = {key: index for index, key in enumerate(keys)}
+        calls = [self._call(index_of, key_of, key, members[key]) for key in keys]
+        functional = tuple(node.name for node in keys if _is_fixed_batch_norm(node))
+        return CallGraph(tuple(calls), "export", frozenset(self._reads), functional)
+
+    def _leaf_call(self, node: fx.Node) -> tuple[str, str] | None:
+        """Return (stack key, module path) of the outermost leaf module the node was made in."""
+        stack: Mapping[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
+        for key, (path, _) in stack.items():
+            path = path.partition("@")[0]
+            module = self._modules.get(path)
+            if module is not None and path and is_leaf(module):
+                return key, path
+        return None
+
+    def _note_reads(self, node: fx.Node, key: Any) -> None:
+        own = self._names.canonical(key[1]) if isinstance(key, tuple) else None
+        for used in node.all_input_nodes:
+            name = self._tensor_names.get(used.name)
+            owner = self._names.owner_of_attribute(name) if name else None
+            if owner is not None and owner != own:
+                self._reads.add(owner)
+
+    def _call(
+        self,
+        index_of: Mapping[Any, int],
+        key_of: Mapping[fx.Node, Any],
+        key: Any,
+        nodes: list[fx.Node],
+    ) -> Call:
+        used = [
+            index_of[key_of[source]]
+            for node in nodes
+            for source in node.all_input_nodes
+            if source in key_of and key_of[source] != key
+        ]
+        first, last = nodes[0], nodes[-1]
+        kind: CallKind
+        if isinstance(key, tuple):
+            kind, target = "module", self._names.canonical(key[1])
+        elif first.op == "placeholder":
+            kind, target = "input", first.name
+        elif first.op == "output":
+            kind, target = "output", "output"
+        else:
+            kind, target = "function", _operator_name(first)
+        return Call(index_of[key], kind, target, tuple(dict.fromkeys(used)), first_shape(last.meta.get("val")))
+
+
+def _is_fixed_batch_norm(key: Any) -> bool:
+    """Whether an operator that stands alone is `aten.batch_norm` with training=False."""
+    return (
+        isinstance(key, fx.Node)
+        and key.target is torch.ops.aten.batch_norm.default
+        and not key.args[5]
+    )
+
+
+def _operator_name(node: fx.Node) -> str:
+    name = getattr(node.target, "__name__", str(node.target))
+    return name.partition(".")[0]

@@ -1,0 +1,128 @@
+"""The one edit that every exact target makes: a norm out of its slot, its map somewhere else."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from torch import nn
+
+from normconv.errors import PlanError, Problem
+from normconv.graph.families import NormState, norm_state, trailing_of
+from normconv.layers import ChannelAffine, absorb_affine_
+
+__all__ = ["absorb_norm_", "affine_norm_", "empty_slot_", "replace_module_"]
+
+
+def absorb_norm_(
+    root: nn.Module,
+    names: Sequence[str],
+    producers: Sequence[str],
+    *,
+    weight_norm: bool = False,
+) -> None:
+    """Fold a norm into the layers that feed it and leave in its slot what it does besides, in place.
+
+    Args:
+        root: the model.
+        names: all names of the norm.
+        producers: the layers, one per call of the norm.
+        weight_norm: leave the layers weight-normed.
+
+    Raises:
+        PlanError: the norm has no eval statistics, or a layer cannot hold the map.
+    """
+    norm = root.get_submodule(names[0])
+    state = _readable(norm, names[0])
+    for producer in producers:
+        layer = root.get_submodule(producer)
+        absorb_affine_(
+            layer, state.affine, weight_norm=weight_norm, bias_trainable=state.bias_trainable
+        )
+    replace_module_(root, names, _slot(norm, None))
+
+
+def affine_norm_(root: nn.Module, names: Sequence[str], *, trainable: bool | None = None) -> None:
+    """Put a `ChannelAffine` with the norm's eval map into its slot, in place.
+
+    Args:
+        root: the model.
+        names: all names of the norm.
+        trainable: whether scale and shift are Parameters; None gives Parameters with γ's and β's own
+            `requires_grad` (without γ and β: not trained).
+    """
+    norm = root.get_submodule(names[0])
+    state = _readable(norm, names[0])
+    layer = ChannelAffine.of(state.affine, trainable=trainable is not False, dtype=state.dtype)
+    if trainable is None:
+        for parameter, source in ((layer.scale, state.weight), (layer.shift, state.bias)):
+            parameter.requires_grad_(source is not None and source.requires_grad)
+    replace_module_(root, names, _slot(norm, layer))
+
+
+def empty_slot_(root: nn.Module, names: Sequence[str]) -> None:
+    """Put an Identity into the slot of a norm that is never called, in place."""
+    replace_module_(root, names, nn.Identity())
+
+
+def _readable(norm: nn.Module, name: str) -> NormState:
+    state = norm_state(norm)
+    if isinstance(state, str):
+        raise PlanError(Problem(name, state))
+    return state
+
+
+def _slot(norm: nn.Module, affine: ChannelAffine | None) -> nn.Module:
+    """What stands in the norm's place: the affine map, then what the norm did after normalizing.
+
+    The modules keep their names inside (`bn.act` stays `bn.act`), and the norm's hooks and flags move.
+    """
+    trailing = trailing_of(norm)
+    slot: nn.Module
+    if trailing:
+        first = {} if affine is None else {"affine": affine}
+        slot = nn.Sequential(OrderedDict({**first, **trailing}))
+    else:
+        slot = affine if affine is not None else nn.Identity()
+    for module in (slot, affine):
+        if module is not None:
+            module.training = norm.training
+    for hooks in _HOOKS:
+        getattr(slot, hooks).update(getattr(norm, hooks))
+    _carry_attributes(norm, slot)
+    return slot
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+_OF_THE_NORM = frozenset({"num_features", "eps", "momentum", "affine", "track_running_stats"})
+
+
+def _carry_attributes(norm: nn.Module, slot: nn.Module) -> None:
+    """Move what the user hung on the norm (`bn.tag = ...`); what describes the norm goes with it."""
+    usual = nn.Module().__dict__.keys() | slot.__dict__.keys() | _OF_THE_NORM
+    for name, value in norm.__dict__.items():
+        if name not in usual:
+            setattr(slot, name, value)
+
+
+def replace_module_(root: nn.Module, names: Sequence[str], module: nn.Module) -> None:
+    """Put `module` at every name, in place; order of submodules is kept.
+
+    Raises:
+        PlanError: the norm is the model itself, which nothing holds.
+    """
+    for name in names:
+        if not name:
+            raise PlanError(
+                Problem("", "the model itself is a norm", "wrap it: nn.Sequential(model)")
+            )
+        parent, _, child = name.rpartition(".")
+        root.get_submodule(parent)._modules[child] = module

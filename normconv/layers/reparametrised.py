@@ -1,0 +1,175 @@
+"""Layers whose weight is computed from other parameters: dynamic subclasses of the user's own class.
+
+`WNConv2d` is made once per class, as a subclass of (WeightNormed, Conv2d): `isinstance(m, nn.Conv2d)`
+holds, the class keeps its own `forward`, and whatever reads `m.weight` gets the computed weight.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar, Self, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from normconv.errors import Problem, UsageError
+from normconv.layers.operators import layout_of
+from normconv.numerics import RowLayout, normed_weight, split_weight, true_weight
+
+__all__ = ["Reparametrised", "WeightNormed", "fold_layer_", "rebuild_layer", "weight_norm_"]
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+class Reparametrised:
+    """What every reparametrised layer is: a user's layer class with a computed `weight`."""
+
+    kind: ClassVar[str]
+    plain_class: ClassVar[type[nn.Module]]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class is made at run time, so a pickle names the recipe for it instead of the class.
+        state = super().__reduce_ex__(2)[2]  # type: ignore[index]
+        return rebuild_layer, (self.kind, self.plain_class, state)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # As the default does, so that hooks or attributes that lead back to the layer may stay.
+        twin = cast(Self, type(self).__new__(type(self)))
+        memo[id(self)] = twin
+        _set_state(twin, copy.deepcopy(super().__reduce_ex__(2)[2], memo))  # type: ignore[index]
+        return twin
+
+    def true_weight(self) -> tuple[Tensor, Tensor]:
+        """Return the float64 weight rounded once, and which rows were repaired, (O,) bool."""
+        raise NotImplementedError
+
+
+class WeightNormed(Reparametrised):
+    """A layer with weight = g · v / ‖v‖ over the parameters `weight_g` (signed) and `weight_v`.
+
+    Source: Salimans & Kingma 2016, equation 2.
+    """
+
+    kind = "wn"
+    weight_g: nn.Parameter
+    weight_v: nn.Parameter
+
+    @property
+    def weight(self) -> Tensor:
+        """The computed weight: same shape, dtype and memory format as `weight_v`."""
+        return normed_weight(self.weight_g, self.weight_v, self._layout)
+
+    @property
+    def _layout(self) -> RowLayout:
+        layout = layout_of(cast(nn.Module, self))
+        assert layout is not None
+        return layout
+
+    def true_weight(self) -> tuple[Tensor, Tensor]:
+        """Return the float64 weight rounded once, and which rows have ‖v‖ = 0, (O,) bool."""
+        return true_weight(self.weight_g.detach(), self.weight_v.detach(), self._layout)
+
+
+_MIXINS: dict[str, type[Reparametrised]] = {"wn": WeightNormed}
+_PREFIX = {"wn": "WN"}
+_made: dict[tuple[str, type[nn.Module]], type[nn.Module]] = {}
+
+
+def _class_for(kind: str, plain_class: type[nn.Module]) -> type[nn.Module]:
+    key = (kind, plain_class)
+    if key not in _made:
+        name = _PREFIX[kind] + plain_class.__name__
+        namespace = {
+            "plain_class": plain_class,
+            "__module__": __name__,
+            "__qualname__": name,
+            "__doc__": f"{plain_class.__name__} with a reparametrised weight ({kind}).",
+        }
+        _made[key] = type(name, (_MIXINS[kind], plain_class), namespace)
+    return _made[key]
+
+
+def rebuild_layer(kind: str, plain_class: type[nn.Module], state: Any) -> nn.Module:
+    """Make a reparametrised layer from its pickle. Runs no constructor.
+
+    Args:
+        kind: which reparametrisation, ``"wn"``.
+        plain_class: the user's layer class.
+        state: the layer's attributes.
+
+    Raises:
+        UsageError: the kind is unknown, or the class is no linear operator of torch's families.
+    """
+    is_operator = isinstance(plain_class, type) and issubclass(plain_class, nn.Module)
+    if kind not in _MIXINS or not is_operator:
+        raise UsageError(Problem(str(plain_class), f"no reparametrised layer {kind!r} of this class"))
+    made = _class_for(kind, plain_class)
+    layer = cast(nn.Module, made.__new__(made))
+    _set_state(layer, state)
+    return layer
+
+
+def _set_state(layer: Any, state: Any) -> None:
+    # nn.Module always has __setstate__; a class of the user may have its own and is asked first.
+    layer.__setstate__(state)
+
+
+def weight_norm_(layer: Layer, factor: Tensor | None = None) -> Layer:
+    """Turn a layer, in place, into its weight-normed form with weight factor · w.
+
+    v = w as it is and g = ‖w‖ · factor, so that a factor of 0 keeps the direction. `weight_g` and
+    `weight_v` take the place of `weight` in the order of parameters and inherit its `requires_grad`.
+
+    Args:
+        layer: Linear, Conv1d-3d or ConvTranspose1d-3d (or a subclass) with a plain weight.
+        factor: (O,) float64 multiplier of the rows, None for 1.
+
+    Raises:
+        UsageError: the layer is of another class, or has no plain weight.
+
+    >>> layer = weight_norm_(nn.Linear(3, 2))
+    >>> isinstance(layer, nn.Linear), [name for name, _ in layer.named_parameters()]
+    (True, ['weight_g', 'weight_v', 'bias'])
+    """
+    layout = layout_of(layer)
+    weight = layer._parameters.get("weight")
+    if layout is None or weight is None:
+        raise UsageError(
+            Problem(type(layer).__name__, "weight norm needs a Linear or convolution with a plain weight")
+        )
+    g, v = split_weight(weight.detach(), factor, layout)
+    parameters = {
+        "weight_g": nn.Parameter(g, requires_grad=weight.requires_grad),
+        "weight_v": nn.Parameter(v, requires_grad=weight.requires_grad),
+    }
+    _exchange(layer, ("weight",), parameters)
+    layer.__class__ = _class_for("wn", type(layer))
+    return layer
+
+
+def fold_layer_(layer: nn.Module) -> Tensor:
+    """Turn one of our reparametrised layers, in place, into its plain class.
+
+    Returns:
+        Which rows were repaired (no direction, folded to 0), (O,) bool.
+    """
+    assert isinstance(layer, Reparametrised)
+    with torch.no_grad():
+        value, repaired = layer.true_weight()
+    names = tuple(name for name in layer._parameters if name.startswith("weight_"))  # type: ignore[attr-defined]
+    trainable = any(getattr(layer, name).requires_grad for name in names)
+    layer.__class__ = layer.plain_class
+    _exchange(cast(nn.Module, layer), names, {"weight": nn.Parameter(value, requires_grad=trainable)})
+    return repaired
+
+
+def _exchange(layer: nn.Module, old: tuple[str, ...], new: dict[str, nn.Parameter]) -> None:
+    """Put new parameters where the old ones were in the layer's order."""
+    order: dict[str, nn.Parameter | None] = {}
+    for name, parameter in layer._parameters.items():
+        if name == old[0]:
+            order.update(new)
+        if name not in old:
+            order[name] = parameter
+    layer._parameters.clear()
+    layer._parameters.update(order)

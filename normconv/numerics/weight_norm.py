@@ -1,0 +1,118 @@
+"""Weight normalization, w = g · v / ‖v‖, as pure tensor maths.
+
+Source: Salimans & Kingma 2016, "Weight Normalization", equation 2. The gain is signed here, so that a
+normalization with γ <= 0 folds into it exactly.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from normconv.numerics.rows import RowLayout, row_norms, scale_rows
+
+__all__ = ["GainDirection", "normed_weight", "split_weight", "true_weight"]
+
+
+class GainDirection(NamedTuple):
+    """A weight split in two.
+
+    Args:
+        g: signed gain, one a row, in the layout's row shape.
+        v: direction, the weight's own shape; its length carries no meaning.
+    """
+
+    g: Tensor
+    v: Tensor
+
+
+def normed_weight(g: Tensor, v: Tensor, layout: RowLayout) -> Tensor:
+    """Return w = g · v / ‖v‖ row by row, differentiable in g and v.
+
+    torch's fused kernel serves the layouts whose rows lie along axis 0; its norm of half and
+    bfloat16 rows is taken in float32. Rows of v must not be zero (see `split_weight`).
+
+    Args:
+        g: the layout's row shape.
+        v: (O, I/groups, *K), or (I, O/groups, *K) when transposed.
+        layout: where the output channels are.
+
+    Returns:
+        The weight in v's shape, dtype and memory format.
+
+    >>> normed_weight(torch.tensor([[10.0]]), torch.tensor([[3.0, 4.0]]), RowLayout())
+    tensor([[6., 8.]])
+    """
+    if not layout.transposed:
+        weight = torch._weight_norm(v, g, 0)
+    else:
+        wide = torch.promote_types(v.dtype, torch.float32)
+        norms = row_norms(v.to(wide), layout)
+        weight = scale_rows(v, g.reshape(-1).to(wide) / norms, layout).to(v.dtype)
+    return _in_memory_format_of(v, weight)
+
+
+def _in_memory_format_of(v: Tensor, weight: Tensor) -> Tensor:
+    """The fused kernel returns contiguous weights: a channels-last model must get its layout back."""
+    for rank, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if (
+            v.dim() == rank
+            and not v.is_contiguous()
+            and v.is_contiguous(memory_format=memory_format)
+        ):
+            return weight.contiguous(memory_format=memory_format)
+    return weight
+
+
+def true_weight(g: Tensor, v: Tensor, layout: RowLayout) -> tuple[Tensor, Tensor]:
+    """Return the float64 value of g · v / ‖v‖ rounded once to v's dtype, and which rows were zero.
+
+    A row with ‖v‖ = 0 has no direction (torch's kernel gives NaN): its weight is 0 here.
+
+    Returns:
+        (weight in v's shape, dtype and memory format; bool tensor (O,), True where ‖v‖ = 0).
+
+    >>> weight, repaired = true_weight(torch.ones(2, 1), torch.tensor([[0.0], [2.0]]), RowLayout())
+    >>> weight.flatten().tolist(), repaired.tolist()
+    ([0.0, 1.0], [True, False])
+    """
+    wide = v.double()
+    norms = row_norms(wide, layout)
+    zero = norms == 0
+    factor = g.double().reshape(-1) / torch.where(zero, torch.ones_like(norms), norms)
+    weight = torch.empty_like(v)  # preserve_format: strides follow v
+    weight.copy_(scale_rows(wide, factor, layout))
+    return weight, zero
+
+
+def split_weight(weight: Tensor, factor: Tensor | None, layout: RowLayout) -> GainDirection:
+    """Split factor · w into gain and direction: v = w as it is, g = ‖w‖ · factor, signed.
+
+    Keeping v raw means that a row with factor 0 keeps its direction and can train away from 0. A row
+    with ‖w‖ = 0 has no direction: it gets v = 1/√n and g = 0, which is exact, finite in both passes
+    and trainable.
+
+    Args:
+        weight: the plain weight in the layout's shape.
+        factor: (O,) float64 multiplier of the rows (γ/σ of a folded normalization), None for 1.
+        layout: where the output channels are.
+
+    Returns:
+        g computed in float64 and rounded once to the weight's dtype, and v.
+
+    >>> g, v = split_weight(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), None, RowLayout())
+    >>> g.flatten().tolist(), v[1].tolist()
+    ([5.0, 0.0], [0.7071067690849304, 0.7071067690849304])
+    """
+    norms = row_norms(weight.double(), layout)
+    gain = norms if factor is None else norms * factor.double()
+    g = gain.to(weight.dtype).reshape(layout.row_shape(weight))
+    v = weight.detach().clone()
+    zero = norms == 0
+    fan = weight.numel() // max(1, layout.channels(weight))
+    if fan and not weight.is_meta:
+        filler = scale_rows(torch.full_like(v, fan**-0.5), zero.to(v.dtype), layout)
+        v += filler
+    return GainDirection(g, v)

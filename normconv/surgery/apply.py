@@ -1,0 +1,128 @@
+"""From a plan and a model to a new model: all of it, or an error and nothing."""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+from torch import fx, nn
+
+from normconv.errors import PlanError, Problem
+from normconv.graph.passes import DropIdentities
+from normconv.graph.rewrite import empty_slot_
+from normconv.plan import Plan, Step, record
+from normconv.report import Report
+from normconv.surgery.fingerprint import fingerprint
+from normconv.surgery.wrappers import refuse_wrapped
+from normconv.targets import make_target
+
+__all__ = ["Result", "apply_plan"]
+
+
+class Result(NamedTuple):
+    """What every verb that makes a model returns.
+
+    Args:
+        model: the new model; the argument is never changed.
+        report: what was done and what was proved.
+    """
+
+    model: nn.Module
+    report: Report
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> Result:
+    """Carry a plan out on a copy of a model.
+
+    No data and no inputs are needed: on a fresh, random or meta model of the same architecture this
+    gives the converted *structure*, into which a converted checkpoint loads strictly.
+
+    Args:
+        model: of the architecture the plan was made for; not changed.
+        plan: from `make_plan` or a file, edited or not.
+
+    Raises:
+        PlanError: the plan does not fit the model, or a step cannot be done; lists all such.
+
+    >>> import torch, normconv as nc
+    >>> def factory(): return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    >>> plan = nc.make_plan(factory(), "wn", example_inputs=(torch.zeros(1, 3, 8, 8),))
+    >>> list(nc.apply_plan(factory(), plan).model.state_dict())
+    ['0.weight_g', '0.weight_v', '0.bias']
+    """
+    refuse_wrapped(model)
+    _check_fit(model, plan)
+    twin = _copy(model)
+    _carry_out(twin, plan)
+    if isinstance(twin, fx.GraphModule):
+        DropIdentities()(twin)
+        twin.recompile()
+    record(twin, {"apply": plan.to_dict()})
+    report = Report(
+        verb="apply",
+        subject=plan.model,
+        target=plan.target,
+        sites=tuple(step.row() for step in plan.steps),
+        facts={"capture": plan.capture, "actions": plan.counts()},
+        notes=plan.notes,
+        plan=plan.to_dict(),
+    )
+    return Result(twin, report)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        # Legacy weight norm keeps a computed tensor as an attribute, which deepcopy refuses.
+        raise PlanError(
+            Problem(type(model).__name__, f"it cannot be copied: {error}", "fold it first (normconv.fold)")
+        ) from error
+
+
+def _carry_out(model: nn.Module, plan: Plan) -> None:
+    problems: list[Problem] = []
+    for step in plan.converted:
+        try:
+            if step.action == "drop":
+                empty_slot_(model, (step.site, *step.aliases))
+            else:
+                make_target(step.target, step.options).edit(model, step)
+        except PlanError as error:
+            problems += error.problems
+    if problems:
+        raise PlanError(problems)
+
+
+def _check_fit(model: nn.Module, plan: Plan) -> None:
+    problems = [problem for step in plan.steps for problem in _step_problems(model, step)]
+    if not problems and fingerprint(model) != plan.fingerprint:
+        problems = [
+            Problem(
+                type(model).__name__,
+                f"its structure is not that of the {plan.model} the plan was made for, though all "
+                "sites are there",
+                "make a new plan for this model",
+            )
+        ]
+    if problems:
+        raise PlanError(problems)
+
+
+def _step_problems(model: nn.Module, step: Step) -> list[Problem]:
+    problems = []
+    for name in (step.site, *step.aliases, *step.producers):
+        try:
+            model.get_submodule(name)
+        except AttributeError:
+            problems.append(Problem(name, "the plan names it and the model has no such module"))
+    if step.action == "fold" and not step.producers:
+        problems.append(Problem(step.site, "the plan folds it into no layer", "use action 'affine'"))
+    if problems:
+        return problems
+    found = type(model.get_submodule(step.site)).__name__
+    if found != step.norm:
+        problems.append(
+            Problem(step.site, f"the plan expects a {step.norm}, the model has a {found}")
+        )
+    return problems

@@ -1,0 +1,155 @@
+"""From a model and a recipe to a plan. Pure: the model is read, traced and left as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from normconv.errors import PlanError, Problem
+from normconv.graph import Site, Survey, survey
+from normconv.plan import KEEP, Plan, Recipe, Rule, Step
+from normconv.surgery.fingerprint import fingerprint
+from normconv.surgery.wrappers import refuse_wrapped
+from normconv.targets import make_target
+
+__all__ = ["make_plan"]
+
+
+def make_plan(
+    model: nn.Module,
+    to: str | Rule | Recipe | Sequence[Rule] = "wn",
+    *,
+    example_inputs: tuple[Any, ...],
+    example_kwargs: Mapping[str, Any] | None = None,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    options: Mapping[str, Any] | None = None,
+    strict: bool = True,
+    drop_unreached: bool = False,
+) -> Plan:
+    """Decide what becomes of every norm of a model; nothing is changed.
+
+    Args:
+        model: any module with norms that keep statistics.
+        to: a target name (``wn``, ``plain``, ``frozen``), rules or a `Recipe`.
+        example_inputs: positional inputs, as `torch.export` takes them; shapes count, values do not.
+        example_kwargs: keyword inputs.
+        include: globs of sites to convert; all by default.
+        exclude: globs of sites to keep.
+        options: the target's options.
+        strict: refuse when a norm would stay that was not excluded; else keep it and list it.
+        drop_unreached: empty the slots of norms that neither eval nor train mode calls.
+
+    Raises:
+        PlanError: some norm cannot be converted; names each, with the reason and the way out.
+        CaptureError: no dataflow graph could be made of the model.
+        UsageError: unknown target or option, or a rule that matches no site.
+
+    >>> import torch
+    >>> net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    >>> plan = make_plan(net, "wn", example_inputs=(torch.zeros(1, 3, 8, 8),))
+    >>> [(step.site, step.action, step.producers) for step in plan.steps]
+    [('1', 'fold', ('0',))]
+    """
+    recipe = Recipe.of(to, include=include, exclude=exclude, options=options)
+    for rule in recipe.rules:
+        if rule.to != KEEP:
+            make_target(rule.to, rule.options)  # a wrong name or option is told before any work
+    refuse_wrapped(model)
+    found = survey(model, example_inputs, example_kwargs)
+    if not found.sites and not found.functional_norms:
+        raise PlanError(
+            Problem(
+                type(model).__name__,
+                "it has no BatchNorm nor any other norm with running statistics",
+                "`normconv inspect` shows what is in it",
+            )
+        )
+    recipe.check_used([(site.name, site.op) for site in found.sites])
+    problems: list[Problem] = _functional_problems(found)
+    steps = [_step(site, recipe, drop_unreached, problems) for site in found.sites]
+    if problems and strict:
+        raise PlanError(problems)
+    return Plan(
+        steps=tuple(steps),
+        model=type(model).__name__,
+        fingerprint=fingerprint(model),
+        capture=found.method,
+        targets=recipe.targets,
+        notes=(*_notes(found), *(f"kept: {problem}" for problem in problems)),
+    )
+
+
+def _step(site: Site, recipe: Recipe, drop_unreached: bool, problems: list[Problem]) -> Step:
+    """Make the step of one site; what stands in the way is appended to `problems`."""
+    rule = recipe.rule_for(site.name, site.op)
+    if rule is None or rule.to == KEEP:
+        why = "no rule matches it" if rule is None else f"excluded by '{rule.match}'"
+        return _plan_step(site, KEEP, "keep", why)
+    target = make_target(rule.to, rule.options)
+    if site.phase == "none":
+        if drop_unreached:
+            return _plan_step(site, rule.to, "drop", "called in neither mode", fidelity="exact")
+        problem = Problem(
+            site.name,
+            "it is called neither in eval nor in training mode",
+            f"exclude it (--exclude '{site.name}') or empty its slot (--drop-unreached)",
+        )
+    else:
+        decision = target.decide(site)
+        if not isinstance(decision, Problem):
+            return _plan_step(
+                site,
+                rule.to,
+                decision.action,
+                decision.reason,
+                fidelity=target.fidelity,
+                producers=decision.producers,
+                options=dict(rule.options),
+            )
+        problem = decision
+    problems.append(problem)
+    return _plan_step(site, KEEP, "keep", problem.what)
+
+
+def _plan_step(site: Site, target: str, action: Any, reason: str, **more: Any) -> Step:
+    return Step(
+        site=site.name,
+        norm=site.norm,
+        target=target,
+        action=action,
+        channels=site.channels,
+        op=site.op,
+        aliases=site.aliases,
+        shape=site.shape,
+        phase=site.phase,
+        reason=reason,
+        **more,
+    )
+
+
+def _functional_problems(found: Survey) -> list[Problem]:
+    return [
+        Problem(
+            name,
+            "F.batch_norm is called as a function, which no module holds",
+            'ask for a rewritten graph: output="graph" (--output graph)',
+        )
+        for name in found.functional_norms
+    ]
+
+
+def _notes(found: Survey) -> list[str]:
+    notes = [f"capture by {name} failed: {reason}" for name, reason in found.failures.items()]
+    untrained = sum(site.untrained for site in found.sites)
+    if untrained:
+        notes.append(
+            f"{untrained} of {len(found.sites)} norms still have initial statistics (mean 0, "
+            "variance 1): the function is kept, but it is that of an untrained norm"
+        )
+    training_only = [site.name for site in found.sites if site.phase == "train"]
+    if training_only:
+        notes.append(f"only training mode calls {', '.join(training_only)}")
+    return notes

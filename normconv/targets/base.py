@@ -1,0 +1,60 @@
+"""What a target is: it may refuse a site, it decides what becomes of it, and it does it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Protocol
+
+from torch import nn
+
+from normconv.errors import Problem, UsageError
+from normconv.graph import Site
+from normconv.plan import Action, Step
+
+__all__ = ["Decision", "Target", "options_of"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a target wants at a site.
+
+    Args:
+        action: see `normconv.plan.Action`.
+        reason: one sentence.
+        producers: the layers that absorb the norm; only with ``fold``.
+    """
+
+    action: Action
+    reason: str
+    producers: tuple[str, ...] = ()
+
+
+class Target(Protocol):
+    """One target. Its fields are its options, validated when it is made."""
+
+    name: ClassVar[str]
+    fidelity: ClassVar[str]
+    promise: ClassVar[str]
+
+    def decide(self, site: Site) -> Decision | Problem:
+        """Say what becomes of the site, or refuse it with a reason and a way out."""
+        ...
+
+    def edit(self, root: nn.Module, step: Step) -> None:
+        """Do it, in place, on a copy of the model."""
+        ...
+
+
+def options_of(kind: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Check a target's options by name.
+
+    Raises:
+        UsageError: an option the target does not have.
+    """
+    known = [entry.name for entry in fields(kind)]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        way_out = f"it has {known}" if known else "it has none"
+        raise UsageError(Problem(f"target {kind.name}", f"no option {unknown}", way_out))
+    return dict(options)
