@@ -18,8 +18,8 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "apply_plan": "normconv.surgery",
     "convert": "normconv.api",
-    "export_onnx": "normconv.api",
-    "fold": "normconv.api",
+    "export_onnx": "normconv.deploy",
+    "fold": "normconv.folding",
     "load": "normconv.sources",
     "make_plan": "normconv.surgery",
     "save": "normconv.sources",
@@ -59,8 +59,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from normconv.api import convert as convert
-    from normconv.api import export_onnx as export_onnx
-    from normconv.api import fold as fold
+    from normconv.deploy import export_onnx as export_onnx
     from normconv.deploy import verify as verify
     from normconv.errors import CaptureError as CaptureError
     from normconv.errors import CheckFailed as CheckFailed
@@ -71,6 +70,7 @@ if TYPE_CHECKING:
     from normconv.errors import Problem as Problem
     from normconv.errors import Refused as Refused
     from normconv.errors import UsageError as UsageError
+    from normconv.folding import fold as fold
     from normconv.plan import Plan as Plan
     from normconv.plan import Recipe as Recipe
     from normconv.plan import Rule as Rule

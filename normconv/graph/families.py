@@ -22,6 +22,7 @@ _KNOWN_FORWARDS: tuple[Callable[..., Tensor], ...] = (
     _BatchNorm.forward,
     nn.SyncBatchNorm.forward,
     _InstanceNorm.forward,
+    ChannelAffine.forward,
 )
 
 
@@ -122,9 +123,14 @@ class NormState:
 def norm_state(norm: nn.Module) -> NormState | str:
     """Read a norm's tensors, or say in one sentence why they cannot be read.
 
+    A `ChannelAffine` reads as a norm with μ = 0, σ² = 1, eps = 0.
+
     >>> norm_state(nn.BatchNorm1d(2, track_running_stats=False))
     'it keeps no running statistics, so eval mode normalizes with the batch'
     """
+    if isinstance(norm, ChannelAffine):
+        zero, one = torch.zeros_like(norm.scale), torch.ones_like(norm.scale)
+        return NormState(zero, one, norm.scale, norm.shift, 0.0)
     any_norm: Any = norm
     if isinstance(norm, _LazyNormBase) and norm.has_uninitialized_params():  # type: ignore[misc]
         return "it is lazy and has no parameters yet"

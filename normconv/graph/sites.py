@@ -6,8 +6,7 @@ can absorb the norm exactly or in one sentence why none can. What to do with tha
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,7 +24,7 @@ from normconv.graph.families import (
 )
 from normconv.graph.names import Names
 from normconv.graph.probe import absorbs_affine, is_affine_then_children
-from normconv.layers import Reparametrised, kind_of, layout_of
+from normconv.layers import Reparametrised, copy_model, kind_of, layout_of
 from normconv.numerics import evaluating
 
 __all__ = ["Site", "Survey", "judge", "survey"]
@@ -118,7 +117,7 @@ def _training_sites(
     missing: list[str],
     methods: tuple[str, ...] | None,
 ) -> list[Site]:
-    twin = copy.deepcopy(model).train()
+    twin = copy_model(model).train()
     try:
         graph = capture(twin, args, kwargs, methods=methods)
     except CaptureError:
@@ -141,18 +140,23 @@ def _training_sites(
     return found
 
 
-def _norm_names(model: nn.Module) -> list[str]:
+def _norm_names(model: nn.Module, wanted: Callable[[nn.Module], bool] = is_norm) -> list[str]:
     """First names of the outermost norms: what is inside a norm belongs to it."""
     found: list[str] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") if outer else name for outer in found)
-        if is_norm(module) and not inside:
+        if wanted(module) and not inside:
             found.append(name)
     return found
 
 
 def judge(
-    model: nn.Module, graph: CallGraph, phase: Phase, *, other: CallGraph | None = None
+    model: nn.Module,
+    graph: CallGraph,
+    phase: Phase,
+    *,
+    other: CallGraph | None = None,
+    wanted: Callable[[nn.Module], bool] = is_norm,
 ) -> list[Site]:
     """Judge the norms that a graph calls, in call order.
 
@@ -161,8 +165,9 @@ def judge(
         graph: its calls.
         phase: the mode it was captured in.
         other: the graph of the other mode; a layer called there too must not absorb anything.
+        wanted: which modules count as norms.
     """
-    norms = set(_norm_names(model))
+    norms = set(_norm_names(model, wanted))
     judge_ = _Judge(model, graph, other)
     called = dict.fromkeys(
         call.target for call in graph.calls if call.kind == "module" and call.target in norms

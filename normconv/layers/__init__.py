@@ -2,6 +2,7 @@
 
 from normconv.layers.absorb import absorb_affine_ as absorb_affine_
 from normconv.layers.channel_affine import ChannelAffine as ChannelAffine
+from normconv.layers.copying import copy_model as copy_model
 from normconv.layers.operators import kind_of as kind_of
 from normconv.layers.operators import layout_of as layout_of
 from normconv.layers.reparametrised import Reparametrised as Reparametrised

@@ -8,6 +8,7 @@ from torch import Tensor
 __all__ = ["NOISE_FACTOR", "noise_bound", "relative_l2"]
 
 NOISE_FACTOR = 4.0
+FLOAT64_FLOOR = 1e-12
 
 
 def relative_l2(candidate: Tensor, reference: Tensor) -> float:
@@ -50,6 +51,8 @@ def noise_bound(dtype: torch.dtype, own_error: float = 0.0) -> float:
         dtype: the floating dtype the candidate computes in.
         own_error: rel-L2 error of the *original* in that dtype and backend against its float64 run;
             NaN (the original itself breaks in that dtype) gives a NaN bound, which nothing passes.
+            In float64, where nothing wider can judge, it is the original's response to a change of
+            its input by one ulp, and the bound is never below 1e-12.
 
     >>> noise_bound(torch.float32) == 4 * torch.finfo(torch.float32).eps
     True
@@ -59,4 +62,5 @@ def noise_bound(dtype: torch.dtype, own_error: float = 0.0) -> float:
     eps = torch.finfo(dtype).eps
     if own_error != own_error:
         return own_error
-    return NOISE_FACTOR * max(eps, own_error)
+    bound = NOISE_FACTOR * max(eps, own_error)
+    return max(bound, FLOAT64_FLOOR) if dtype == torch.float64 else bound

@@ -1,0 +1,147 @@
+"""Fold: every weight that is computed from others becomes the plain weight it computes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from normconv.errors import Problem
+from normconv.folding.torch_weight_norm import (
+    fold_hooked_,
+    fold_parametrized_,
+    hooked_names,
+    parametrized_names,
+)
+from normconv.graph import capture, judge
+from normconv.graph.passes import DropIdentities
+from normconv.graph.rewrite import absorb_norm_
+from normconv.layers import ChannelAffine, Reparametrised, copy_model, fold_layer_
+from normconv.numerics import evaluating
+from normconv.plan import Plan, history_of, record
+from normconv.report import Report, SiteRow
+from normconv.surgery import Result, apply_plan
+
+__all__ = ["fold", "rebuild"]
+
+
+def fold(
+    model: nn.Module,
+    *,
+    example_inputs: tuple[Any, ...] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> Result:
+    """Return a copy of the model with plain weights in place of every weight norm.
+
+    Folds normconv's own layers and both of torch's weight norms (`torch.nn.utils.weight_norm` and
+    `torch.nn.utils.parametrizations.weight_norm`). Each weight is the float64 value of g · v / ‖v‖
+    rounded once; a row with ‖v‖ = 0, where torch computes NaN, becomes 0 and is listed. Folding a
+    plain model changes nothing.
+
+    Args:
+        model: not changed.
+        example_inputs: with inputs, a `ChannelAffine` is folded into its neighbour too where exact.
+        example_kwargs: keyword inputs.
+
+    Raises:
+        CaptureError: with inputs, when the model cannot be captured.
+
+    >>> import normconv as nc
+    >>> from normconv.layers import weight_norm_
+    >>> model, report = nc.fold(nn.Sequential(weight_norm_(nn.Linear(3, 2))))
+    >>> type(model[0]).__name__, dict(report.facts)["folded"]
+    ('Linear', {'normconv weight norm': 1})
+    """
+    twin = copy_model(model)
+    rows = list(_fold_weights_(twin))
+    absorbed: list[dict[str, Any]] = []
+    if example_inputs is not None:
+        absorbed = _fold_affines_(twin, example_inputs, example_kwargs or {})
+    if isinstance(twin, fx.GraphModule):
+        DropIdentities()(twin)
+        twin.recompile()
+    if history_of(model) and (rows or absorbed):
+        record(twin, {"fold": {"absorbed": absorbed}})
+    counts = Counter(row.action for row in rows)
+    if absorbed:
+        counts["channel affine"] = len(absorbed)
+    left = _left_over(twin)
+    report = Report(
+        verb="fold",
+        subject=type(model).__name__,
+        sites=tuple(rows),
+        facts={"folded": dict(counts), "left": len(left)},
+        notes=(
+            *(f"{row.site}: {row.reason}" for row in rows if row.reason),
+            *(str(problem) for problem in left),
+        ),
+    )
+    return Result(twin, report)
+
+
+def _fold_weights_(model: nn.Module) -> Iterator[SiteRow]:
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Reparametrised):
+            yield _row(name, module, "normconv weight norm", fold_layer_(module))
+        for tensor in hooked_names(module):
+            yield _row(name, module, "torch weight_norm (hook)", fold_hooked_(module, tensor))
+        for tensor in parametrized_names(module):
+            repaired = fold_parametrized_(module, tensor)
+            yield _row(name, module, "torch weight_norm (parametrization)", repaired)
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()
+
+
+def _row(name: str, module: nn.Module, kind: str, repaired: Tensor) -> SiteRow:
+    zero = 0 if repaired.is_meta else int(repaired.sum())
+    reason = f"{zero} rows without direction became 0" if zero else ""
+    return SiteRow(name, type(module).__name__, "", kind, "exact", reason)
+
+
+def _fold_affines_(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    with evaluating(model):
+        graph = capture(model, args, kwargs)
+    sites = judge(model, graph, "eval", wanted=lambda module: isinstance(module, ChannelAffine))
+    folded = [site for site in sites if site.producers]
+    entries = [
+        {"names": [site.name, *site.aliases], "producers": list(site.producers)} for site in folded
+    ]
+    for entry in entries:
+        absorb_norm_(model, entry["names"], entry["producers"])
+    return entries
+
+
+def _left_over(model: nn.Module) -> list[Problem]:
+    return [
+        Problem(name, f"its parametrization of {', '.join(module.parametrizations)} is left as it is")  # type: ignore[arg-type]
+        for name, module in model.named_modules()
+        if parametrize.is_parametrized(module)
+    ]
+
+
+def rebuild(model: nn.Module, history: list[dict[str, Any]]) -> nn.Module:
+    """Give a fresh model the structure that a history of conversions leads to.
+
+    Args:
+        model: as the factory makes it; not changed. Its weights carry no meaning afterwards.
+        history: entries of `normconv.plan.history_of`, oldest first.
+
+    Raises:
+        PlanError: the history is of another architecture.
+    """
+    for entry in history:
+        if "apply" in entry:
+            model = apply_plan(model, Plan.from_dict(entry["apply"])).model
+        else:
+            model = copy_model(model)
+            for _ in _fold_weights_(model):
+                pass
+            for absorbed in entry["fold"].get("absorbed", ()):
+                absorb_norm_(model, absorbed["names"], absorbed["producers"])
+            record(model, entry)
+    return model

@@ -1,0 +1,82 @@
+"""Running a model so that two runs can be compared: named outputs, fixed seed, restored flags."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normconv.layers import copy_model
+from normconv.numerics import evaluating
+
+__all__ = ["cast_inputs", "evaluate", "flat_outputs"]
+
+
+def flat_outputs(value: Any) -> dict[str, Tensor]:
+    """Return every tensor of a nested output by a stable name.
+
+    A single tensor is ``output``; others are ``output.0``, ``output.logits`` and so on, in order.
+
+    >>> list(flat_outputs({"a": torch.zeros(1), "b": [torch.zeros(1)]}))
+    ['output.a', 'output.b.0']
+    """
+    return dict(_walk("output", value))
+
+
+def _walk(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _walk(f"{name}.{key}", item)
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        for key in value._fields:
+            yield from _walk(f"{name}.{key}", getattr(value, key))
+    elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        for index, item in enumerate(value):
+            yield from _walk(f"{name}.{index}", item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for entry in dataclasses.fields(value):
+            yield from _walk(f"{name}.{entry.name}", getattr(value, entry.name))
+
+
+def cast_inputs(value: Any, dtype: torch.dtype) -> Any:
+    """Return nested inputs with every floating tensor in `dtype`; the rest as it is."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(cast_inputs(item, dtype) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(cast_inputs(item, dtype) for item in value)
+    if isinstance(value, dict):
+        return {key: cast_inputs(item, dtype) for key, item in value.items()}
+    return value
+
+
+def evaluate(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Run the model in eval mode and return its outputs by name.
+
+    Args:
+        model: left as it was, flags included.
+        args: positional inputs.
+        kwargs: keyword inputs.
+        dtype: run a copy of the model, and the inputs, in this dtype; None runs it as it is.
+
+    >>> evaluate(nn.Linear(2, 1), (torch.zeros(3, 2),), dtype=torch.float64)["output"].dtype
+    torch.float64
+    """
+    kwargs = dict(kwargs or {})
+    if dtype is not None:
+        model = copy_model(model).to(dtype)
+        args, kwargs = cast_inputs(args, dtype), cast_inputs(kwargs, dtype)
+    with evaluating(model):
+        return flat_outputs(model(*args, **kwargs))

@@ -1,0 +1,264 @@
+"""Proof that a converted model computes what the original computes: end to end and site by site.
+
+Everything is judged against a float64 run of the original, and held to what rounding explains: four
+times the larger of the dtype's eps and the original's own error in that dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normconv.graph import is_norm
+from normconv.layers import copy_model
+from normconv.numerics import evaluating, noise_bound, relative_l2
+from normconv.plan import Step
+from normconv.proof.outputs import cast_inputs, flat_outputs
+from normconv.proof.recorder import record_outputs
+from normconv.report import Check, SiteRow
+
+__all__ = ["Proof", "branches_training", "coarsest_dtype", "prove"]
+
+_Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+_SIGHT = 1e-2
+_RANDOM = (nn.modules.dropout._DropoutNd,)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a proof gives to a report.
+
+    Args:
+        checks: every check, passed or not.
+        rows: the plan's rows with each site's error and bound.
+        facts: how it was measured.
+        notes: what the reader should know of it.
+    """
+
+    checks: tuple[Check, ...]
+    rows: tuple[SiteRow, ...]
+    facts: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+
+@dataclass
+class _Run:
+    """One forward pass: named outputs, and what the sites put out."""
+
+    outputs: dict[str, Tensor]
+    sites: dict[str, list[Tensor]]
+
+
+def prove(
+    original: nn.Module,
+    candidate: nn.Module,
+    steps: Sequence[Step],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+) -> Proof:
+    """Compare two models in eval mode on the same inputs; neither is changed.
+
+    Args:
+        original: the reference; a copy of it runs in float64.
+        candidate: of the same dtype.
+        steps: the plan's steps: the sites to compare at their own output.
+        args: positional inputs in the models' dtype.
+        kwargs: keyword inputs.
+    """
+    inputs = (args, dict(kwargs or {}))
+    dtype = coarsest_dtype(original)
+    eval_steps = [step for step in steps if step.phase == "eval"]
+    train_steps = [step for step in steps if step.phase == "train"]
+    three = _three_runs(original, candidate, eval_steps, inputs, dtype, training=False)
+    checks = [_repeats(original, inputs)]
+    checks += _output_checks(three, dtype)
+    rows = {step.site: _site_row(step, three, dtype) for step in eval_steps}
+    if train_steps:
+        trained = _three_runs(original, candidate, train_steps, inputs, dtype, training=True)
+        rows |= {step.site: _site_row(step, trained, dtype) for step in train_steps}
+    ordered = tuple(rows.get(step.site, step.row()) for step in steps)
+    checks += _site_checks(ordered)
+    sight, notes = _sight(three.reference.outputs)
+    facts = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "sight": sight,
+        "sites compared": sum(row.error is not None for row in ordered),
+    }
+    return Proof(tuple(checks), ordered, facts, notes)
+
+
+def coarsest_dtype(model: nn.Module) -> torch.dtype:
+    """Return the floating dtype of the model's tensors with the largest eps; float32 without any."""
+    dtypes = {t.dtype for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()}
+    return max(dtypes, key=lambda d: torch.finfo(d).eps, default=torch.float32)
+
+
+@dataclass
+class _ThreeRuns:
+    """The original in float64, the original as it is, the candidate as it is."""
+
+    reference: _Run
+    own: _Run
+    candidate: _Run
+
+
+def _three_runs(
+    original: nn.Module,
+    candidate: nn.Module,
+    steps: Sequence[Step],
+    inputs: _Inputs,
+    dtype: torch.dtype,
+    *,
+    training: bool,
+) -> _ThreeRuns:
+    names = {step.site: (step.site,) for step in steps}
+    places = {step.site: _place(candidate, step) for step in steps}
+    if dtype == torch.float64:
+        reference = _run(original, inputs, names, training)
+        own = _run(original, _one_ulp_up(inputs), names, training)
+    else:
+        own = _run(original, inputs, names, training)
+        twin = copy_model(original).double()
+        reference = _run(twin, cast_inputs(inputs, torch.float64), names, training)
+        del twin
+    return _ThreeRuns(reference, own, _run(candidate, inputs, places, training))
+
+
+def _place(candidate: nn.Module, step: Step) -> tuple[str, ...]:
+    """Where the site's output is to be seen in the candidate: the slot, or what feeds it.
+
+    A pass over a GraphModule takes empty slots out of the graph; the producers' outputs are then the
+    site's.
+    """
+    called = True
+    graph = getattr(candidate, "graph", None)
+    if isinstance(candidate, torch.fx.GraphModule) and graph is not None:
+        called = any(n.op == "call_module" and n.target == step.site for n in graph.nodes)
+    return (step.site,) if called else step.producers
+
+
+def _run(
+    model: nn.Module,
+    inputs: _Inputs,
+    places: Mapping[str, tuple[str, ...]],
+    training: bool,
+) -> _Run:
+    names = [name for group in places.values() for name in group]
+    mode = branches_training(model) if training else evaluating(model)
+    with mode, record_outputs(model, names) as seen:
+        args, kwargs = inputs
+        outputs = flat_outputs(model(*args, **kwargs))
+        outputs = {name: tensor.clone() for name, tensor in outputs.items()}
+    sites = {
+        site: [output for name in group for output in seen.get(name, [])]
+        for site, group in places.items()
+    }
+    return _Run(outputs, sites)
+
+
+@contextmanager
+def branches_training(model: nn.Module) -> Iterator[None]:
+    """Training mode for the sake of its branches: norms and dropout stay as in eval mode."""
+    with evaluating(model):
+        model.train()
+        for module in model.modules():
+            if is_norm(module) or isinstance(module, _RANDOM):
+                module.eval()
+        yield
+
+
+def _one_ulp_up(inputs: Any) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs * (1 + torch.finfo(inputs.dtype).eps) if inputs.is_floating_point() else inputs
+    if isinstance(inputs, (list, tuple)):
+        return type(inputs)(_one_ulp_up(item) for item in inputs)
+    if isinstance(inputs, dict):
+        return {key: _one_ulp_up(item) for key, item in inputs.items()}
+    return inputs
+
+
+def _repeats(original: nn.Module, inputs: _Inputs) -> Check:
+    """A model that differs from itself under a fixed seed can prove nothing."""
+    first, second = (_run(original, inputs, {}, False).outputs for _ in range(2))
+    differing = [name for name in first if not _same(first[name], second[name])]
+    return Check(
+        "the original repeats itself",
+        not differing,
+        detail=f"two runs differ in {', '.join(differing)}" if differing else "",
+        way_out="make it deterministic in eval mode (a random or stateful operation is left)",
+    )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)))
+
+
+def _output_checks(runs: _ThreeRuns, dtype: torch.dtype) -> list[Check]:
+    expected, got = runs.reference.outputs, runs.candidate.outputs
+    if not expected:
+        return [Check("outputs", False, detail="the model returns no tensor that could be compared")]
+    if list(expected) != list(got):
+        detail = f"the original returns {list(expected)}, the converted model {list(got)}"
+        return [Check("outputs", False, detail=detail)]
+    checks = []
+    for name, reference in expected.items():
+        own = relative_l2(runs.own.outputs[name], reference)
+        if got[name].shape != reference.shape:
+            shapes = f"{tuple(got[name].shape)} instead of {tuple(reference.shape)}"
+            checks.append(Check(name, False, detail=f"shape {shapes}"))
+            continue
+        error = relative_l2(got[name], reference)
+        detail = "" if own == own else "the original's own output is not finite"
+        checks.append(Check.at_most(name, error, noise_bound(dtype, own), detail))
+    return checks
+
+
+def _site_row(step: Step, runs: _ThreeRuns, dtype: torch.dtype) -> SiteRow:
+    """Compare a site at its own output; the worst of its calls counts."""
+    calls = [run.sites.get(step.site, []) for run in (runs.reference, runs.own, runs.candidate)]
+    if len({len(outputs) for outputs in calls}) != 1 or not calls[0]:
+        return replace(step.row(), error=float("nan"), bound=float("nan"))
+    error = bound = 0.0
+    for reference, own, candidate in zip(*calls, strict=True):
+        if reference.shape != candidate.shape:
+            return replace(step.row(), error=float("nan"), bound=float("nan"))
+        this = relative_l2(candidate, reference)
+        this_bound = noise_bound(dtype, relative_l2(own, reference))
+        if not this * bound <= error * this_bound or not bound:
+            error, bound = this, this_bound
+    return replace(step.row(), error=error, bound=bound)
+
+
+def _site_checks(rows: tuple[SiteRow, ...]) -> list[Check]:
+    measured = [row for row in rows if row.error is not None and row.bound is not None]
+    failed = [row for row in measured if not row.error <= row.bound]  # type: ignore[operator]
+    if failed:
+        return [
+            Check.at_most(f"site {row.site}", row.error, row.bound, row.action)  # type: ignore[arg-type]
+            for row in failed
+        ]
+    return [Check("every site at its own output", True, detail=f"{len(measured)} sites compared")]
+
+
+def _sight(outputs: Mapping[str, Tensor]) -> tuple[float | None, tuple[str, ...]]:
+    """How much two samples differ at the outputs: does the end-to-end comparison see anything?"""
+    sights = [
+        relative_l2(tensor[1], tensor[0])
+        for tensor in outputs.values()
+        if tensor.dim() > 1 and tensor.shape[0] > 1 and tensor.is_floating_point()
+    ]
+    if not sights:
+        return None, ()
+    sight = max(sights)
+    if sight >= _SIGHT:
+        return sight, ()
+    note = (
+        f"the outputs for two inputs differ by only {sight:.1e}: the end-to-end comparison is nearly "
+        "blind here, the comparison site by site carries the proof"
+    )
+    return sight, (note,)
