@@ -1,4 +1,4 @@
 """Any reparametrisation to plain weights, and rebuilding a converted structure from its history."""
 
-from normconv.folding.fold import fold as fold
-from normconv.folding.fold import rebuild as rebuild
+from normconv.folding.whole_model import fold as fold
+from normconv.folding.whole_model import rebuild as rebuild

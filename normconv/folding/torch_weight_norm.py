@@ -23,7 +23,9 @@ def parametrized_names(module: nn.Module) -> tuple[str, ...]:
     if not parametrize.is_parametrized(module):
         return ()
     lists: Any = module.parametrizations
-    return tuple(n for n, chain in lists.items() if len(chain) == 1 and isinstance(chain[0], _WeightNorm))
+    return tuple(
+        n for n, chain in lists.items() if len(chain) == 1 and isinstance(chain[0], _WeightNorm)
+    )
 
 
 def fold_hooked_(module: nn.Module, name: str) -> Tensor:
@@ -48,6 +50,10 @@ def fold_parametrized_(module: nn.Module, name: str) -> Tensor:
     g, v = chain.original0, chain.original1
     value, repaired = _value(g, v, chain[0].dim)
     trainable = g.requires_grad or v.requires_grad
+    # torch makes one class per layer, deepcopy shares it, and removing deletes a property from it:
+    # on a class of its own the copy leaves the layer it was copied from whole.
+    shared: Any = type(module)
+    module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
     parametrize.remove_parametrizations(module, name, leave_parametrized=True)
     # On a frozen model torch leaves a buffer there, else a Parameter of its own making.
     module._buffers.pop(name, None)
@@ -85,9 +91,7 @@ def _value(g: Tensor, v: Tensor, dim: int | None) -> tuple[Tensor, Tensor]:
         return value, zero.flatten()
 
 
-def _replace(
-    module: nn.Module, old: tuple[str, ...], name: str, parameter: nn.Parameter
-) -> None:
+def _replace(module: nn.Module, old: tuple[str, ...], name: str, parameter: nn.Parameter) -> None:
     """Register the plain weight first, where layers of torch have it."""
     rest = {n: p for n, p in module._parameters.items() if n not in old}
     module._parameters.clear()

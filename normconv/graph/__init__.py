@@ -2,7 +2,7 @@
 
 from normconv.graph.calls import Call as Call
 from normconv.graph.calls import CallGraph as CallGraph
-from normconv.graph.capture import capture as capture
+from normconv.graph.capturing import capture as capture
 from normconv.graph.families import NormState as NormState
 from normconv.graph.families import is_norm as is_norm
 from normconv.graph.families import norm_state as norm_state

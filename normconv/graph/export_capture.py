@@ -114,7 +114,13 @@ class _Grouping:
             kind, target = "output", "output"
         else:
             kind, target = "function", _operator_name(first)
-        return Call(index_of[key], kind, target, tuple(dict.fromkeys(used)), first_shape(last.meta.get("val")))
+        return Call(
+            index_of[key],
+            kind,
+            target,
+            tuple(dict.fromkeys(used)),
+            first_shape(last.meta.get("val")),
+        )
 
 
 def _is_fixed_batch_norm(key: Any) -> bool:

@@ -132,7 +132,7 @@ def norm_state(norm: nn.Module) -> NormState | str:
         zero, one = torch.zeros_like(norm.scale), torch.ones_like(norm.scale)
         return NormState(zero, one, norm.scale, norm.shift, 0.0)
     any_norm: Any = norm
-    if isinstance(norm, _LazyNormBase) and norm.has_uninitialized_params():  # type: ignore[misc]
+    if isinstance(norm, _LazyNormBase) and norm.has_uninitialized_params():
         return "it is lazy and has no parameters yet"
     mean, var = any_norm.running_mean, any_norm.running_var
     if mean is None or var is None:

@@ -80,7 +80,7 @@ def capture_with_fx(
     values = [_value_of(node, bound) for node in traced.graph.nodes if node.op == "placeholder"]
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with torch.no_grad(), _quiet():
-        FakeTensorProp(traced, mode).propagate(*values)  # type: ignore[no-untyped-call]
+        FakeTensorProp(traced, mode).propagate(*values)
     return graph_of(traced, names)
 
 
@@ -148,4 +148,6 @@ def _target_name(node: fx.Node, names: Names) -> str:
 
 def _traced_value(node: fx.Node) -> Any:
     """Fake tensors of a propagation here, or what other tools leave on a GraphModule's nodes."""
-    return next((node.meta[k] for k in ("val", "example_value", "tensor_meta") if k in node.meta), None)
+    return next(
+        (node.meta[k] for k in ("val", "example_value", "tensor_meta") if k in node.meta), None
+    )

@@ -200,5 +200,3 @@ def _free_name(gm: fx.GraphModule, stem: str) -> str:
     while hasattr(gm, f"{stem}_{number}"):
         number += 1
     return f"{stem}_{number}"
-
-

@@ -90,7 +90,11 @@ def absorbs_affine(layer: nn.Module, input_shape: tuple[int, ...]) -> str:
             error = relative_l2(twin(x.clone()), expected)
     except Exception as reason:
         return f"its forward could not be probed ({type(reason).__name__}: {reason})"
-    return "" if error <= _BOUND else f"its forward does not scale with its weight (off by {error:.1e})"
+    return (
+        ""
+        if error <= _BOUND
+        else f"its forward does not scale with its weight (off by {error:.1e})"
+    )
 
 
 def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

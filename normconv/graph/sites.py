@@ -14,7 +14,7 @@ from torch import nn
 
 from normconv.errors import CaptureError
 from normconv.graph.calls import Call, CallGraph
-from normconv.graph.capture import capture
+from normconv.graph.capturing import capture
 from normconv.graph.families import (
     NormState,
     has_known_forward,
@@ -122,11 +122,7 @@ def _training_sites(
         graph = capture(twin, args, kwargs, methods=methods)
     except CaptureError:
         graph = CallGraph((), "none")
-    found = [
-        site
-        for site in judge(twin, graph, "train", other=eval_graph)
-        if site.name in missing
-    ]
+    found = [site for site in judge(twin, graph, "train", other=eval_graph) if site.name in missing]
     names = Names(model)
     seen = {site.name for site in found}
     for name in missing:
@@ -263,7 +259,11 @@ class _Judge:
         name, layout = source.target, layout_of(layer)
         assert layout is not None
         weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-        if isinstance(layer, Reparametrised) or weight is None or "parametrizations" in layer._modules:
+        if (
+            isinstance(layer, Reparametrised)
+            or weight is None
+            or "parametrizations" in layer._modules
+        ):
             return f"the weight of {name} is computed from other parameters (fold it first)"
         if _has_hooks(layer) or _has_hooks(norm):
             return f"{name} or the norm has forward hooks, which would see other values"
@@ -271,7 +271,9 @@ class _Judge:
         if tied:
             return f"{name} shares parameters with {', '.join(self._names.owners(tied[0])[1:])}"
         if layout.channels(weight) != state.channels:
-            return f"{name} has {layout.channels(weight)} output channels, the norm {state.channels}"
+            return (
+                f"{name} has {layout.channels(weight)} output channels, the norm {state.channels}"
+            )
         if isinstance(layer, nn.Linear) and (source.shape is None or len(source.shape) != 2):
             seen = "unknown" if source.shape is None else f"{len(source.shape)}-D"
             return f"the output of {name} is {seen}: the norm's channels are not its features"
@@ -287,7 +289,9 @@ class _Judge:
 
 def _overrides_forward(layer: nn.Module) -> bool:
     """Whether the layer computes with a forward that torch did not define."""
-    families = [kind for kind in type(layer).__mro__ if kind.__module__.startswith("torch.nn.modules")]
+    families = [
+        kind for kind in type(layer).__mro__ if kind.__module__.startswith("torch.nn.modules")
+    ]
     known = families[0]
     names = ("forward", "_conv_forward", "_output_padding")
     return any(getattr(type(layer), n, None) is not getattr(known, n, None) for n in names)

@@ -14,7 +14,11 @@ __all__ = ["absorb_affine_"]
 
 
 def absorb_affine_(
-    layer: nn.Module, affine: Affine, *, weight_norm: bool = False, bias_trainable: bool | None = None
+    layer: nn.Module,
+    affine: Affine,
+    *,
+    weight_norm: bool = False,
+    bias_trainable: bool | None = None,
 ) -> None:
     """Make the layer compute affine(layer(x)), in place.
 
@@ -39,7 +43,9 @@ def absorb_affine_(
     layout = layout_of(layer)
     weight = layer._parameters.get("weight")
     if layout is None or weight is None:
-        raise UsageError(Problem(type(layer).__name__, "has no plain weight to absorb an affine map"))
+        raise UsageError(
+            Problem(type(layer).__name__, "has no plain weight to absorb an affine map")
+        )
     bias = layer._parameters.get("bias")
     if bias_trainable is None:
         bias_trainable = (bias if bias is not None else weight).requires_grad

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from torch import nn
 
 from normconv.numerics import RowLayout
 
-__all__ = ["kind_of", "layout_of"]
+__all__ = ["OPERATORS", "kind_of", "layout_of"]
 
 _DIRECT = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+OPERATORS = _DIRECT + _TRANSPOSED
 _KINDS: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.Linear, "linear"),
     (nn.Conv1d, "conv1d"),
@@ -30,7 +29,7 @@ def layout_of(layer: nn.Module) -> RowLayout | None:
     RowLayout(transposed=True, groups=2)
     """
     if isinstance(layer, _TRANSPOSED):
-        return RowLayout(transposed=True, groups=cast(int, layer.groups))
+        return RowLayout(transposed=True, groups=layer.groups)
     if isinstance(layer, _DIRECT):
         return RowLayout()
     return None

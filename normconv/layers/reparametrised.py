@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from normconv.errors import Problem, UsageError
-from normconv.layers.operators import layout_of
+from normconv.layers.operators import OPERATORS, layout_of
 from normconv.numerics import RowLayout, normed_weight, split_weight, true_weight
 
 __all__ = ["Reparametrised", "WeightNormed", "fold_layer_", "rebuild_layer", "weight_norm_"]
@@ -25,18 +25,19 @@ class Reparametrised:
     """What every reparametrised layer is: a user's layer class with a computed `weight`."""
 
     kind: ClassVar[str]
+    computed_from: ClassVar[tuple[str, ...]]
     plain_class: ClassVar[type[nn.Module]]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time, so a pickle names the recipe for it instead of the class.
-        state = super().__reduce_ex__(2)[2]  # type: ignore[index]
+        state = super().__reduce_ex__(2)[2]
         return rebuild_layer, (self.kind, self.plain_class, state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # As the default does, so that hooks or attributes that lead back to the layer may stay.
-        twin = cast(Self, type(self).__new__(type(self)))
+        twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        _set_state(twin, copy.deepcopy(super().__reduce_ex__(2)[2], memo))  # type: ignore[index]
+        _set_state(twin, copy.deepcopy(super().__reduce_ex__(2)[2], memo))
         return twin
 
     def true_weight(self) -> tuple[Tensor, Tensor]:
@@ -51,6 +52,7 @@ class WeightNormed(Reparametrised):
     """
 
     kind = "wn"
+    computed_from = ("weight_g", "weight_v")
     weight_g: nn.Parameter
     weight_v: nn.Parameter
 
@@ -100,11 +102,13 @@ def rebuild_layer(kind: str, plain_class: type[nn.Module], state: Any) -> nn.Mod
     Raises:
         UsageError: the kind is unknown, or the class is no linear operator of torch's families.
     """
-    is_operator = isinstance(plain_class, type) and issubclass(plain_class, nn.Module)
+    is_operator = isinstance(plain_class, type) and issubclass(plain_class, OPERATORS)
     if kind not in _MIXINS or not is_operator:
-        raise UsageError(Problem(str(plain_class), f"no reparametrised layer {kind!r} of this class"))
+        raise UsageError(
+            Problem(str(plain_class), f"no reparametrised layer {kind!r} of this class")
+        )
     made = _class_for(kind, plain_class)
-    layer = cast(nn.Module, made.__new__(made))
+    layer = made.__new__(made)
     _set_state(layer, state)
     return layer
 
@@ -135,7 +139,10 @@ def weight_norm_(layer: Layer, factor: Tensor | None = None) -> Layer:
     weight = layer._parameters.get("weight")
     if layout is None or weight is None:
         raise UsageError(
-            Problem(type(layer).__name__, "weight norm needs a Linear or convolution with a plain weight")
+            Problem(
+                type(layer).__name__,
+                "weight norm needs a Linear or convolution with a plain weight",
+            )
         )
     g, v = split_weight(weight.detach(), factor, layout)
     parameters = {
@@ -143,7 +150,8 @@ def weight_norm_(layer: Layer, factor: Tensor | None = None) -> Layer:
         "weight_v": nn.Parameter(v, requires_grad=weight.requires_grad),
     }
     _exchange(layer, ("weight",), parameters)
-    layer.__class__ = _class_for("wn", type(layer))
+    module: Any = layer
+    module.__class__ = _class_for("wn", type(layer))
     return layer
 
 
@@ -156,10 +164,11 @@ def fold_layer_(layer: nn.Module) -> Tensor:
     assert isinstance(layer, Reparametrised)
     with torch.no_grad():
         value, repaired = layer.true_weight()
-    names = tuple(name for name in layer._parameters if name.startswith("weight_"))  # type: ignore[attr-defined]
+    names = layer.computed_from
     trainable = any(getattr(layer, name).requires_grad for name in names)
-    layer.__class__ = layer.plain_class
-    _exchange(cast(nn.Module, layer), names, {"weight": nn.Parameter(value, requires_grad=trainable)})
+    module: Any = layer
+    module.__class__ = layer.plain_class
+    _exchange(module, names, {"weight": nn.Parameter(value, requires_grad=trainable)})
     return repaired
 
 

@@ -37,7 +37,8 @@ class RowLayout:
 
     def split(self, weight: Tensor) -> Tensor:
         """View a transposed convolution's weight as (groups, I/groups, O/groups, *K)."""
-        return weight.unflatten(0, (self.groups, weight.shape[0] // self.groups))
+        split: Tensor = weight.unflatten(0, (self.groups, weight.shape[0] // self.groups))
+        return split
 
     def row_shape(self, weight: Tensor) -> tuple[int, ...]:
         """Return the shape in which one number a row is stored beside the weight.
@@ -72,9 +73,11 @@ def row_norms(weight: Tensor, layout: RowLayout) -> Tensor:
     tensor([5., 0.])
     """
     if not layout.transposed:
-        return torch.linalg.vector_norm(weight.flatten(1), dim=1)
-    split = layout.split(weight).flatten(3) if weight.dim() > 2 else layout.split(weight).unsqueeze(3)
-    return torch.linalg.vector_norm(split, dim=(1, 3)).flatten()
+        norms: Tensor = torch.linalg.vector_norm(weight.flatten(1), dim=1)
+        return norms
+    split = layout.split(weight)
+    axes = [1, *range(3, split.dim())]
+    return torch.linalg.vector_norm(split, dim=axes).flatten()
 
 
 def scale_rows(weight: Tensor, factor: Tensor, layout: RowLayout) -> Tensor:
@@ -91,4 +94,5 @@ def scale_rows(weight: Tensor, factor: Tensor, layout: RowLayout) -> Tensor:
     """
     if not layout.transposed:
         return weight * layout.broadcast(factor, weight)
-    return (layout.split(weight) * layout.broadcast(factor, weight)).flatten(0, 1)
+    split = layout.split(weight)
+    return (split * layout.broadcast(factor, weight)).flatten(0, 1)

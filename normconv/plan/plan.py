@@ -138,7 +138,11 @@ class Plan:
         schema = document.get("schema")
         if schema != SCHEMA:
             raise UsageError(
-                Problem("plan", f"its schema is {schema!r}, not {SCHEMA!r}", "make it with `normconv plan`")
+                Problem(
+                    "plan",
+                    f"its schema is {schema!r}, not {SCHEMA!r}",
+                    "make it with `normconv plan`",
+                )
             )
         problems: list[Problem] = []
         steps = [
@@ -148,13 +152,18 @@ class Plan:
         own = {name: value for name, value in document.items() if name not in ("schema", "steps")}
         plan = _read(cls, "plan", {**own, "steps": ()}, problems)
         problems += [
-            Problem(f"step {step.site}", f"no action is called {step.action!r}", f"use one of {get_args(Action)}")
+            Problem(
+                f"step {step.site}",
+                f"no action is called {step.action!r}",
+                f"use one of {get_args(Action)}",
+            )
             for step in steps
             if step is not None and step.action not in get_args(Action)
         ]
         if problems or plan is None:
             raise UsageError(problems)
-        return replace(plan, steps=tuple(step for step in steps if step is not None))
+        made: Plan = replace(plan, steps=tuple(step for step in steps if step is not None))
+        return made
 
     @classmethod
     def from_json(cls, text: str) -> Plan:

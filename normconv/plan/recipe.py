@@ -90,7 +90,11 @@ class Recipe:
                 raise UsageError("options belong into the rules when `to` is a recipe")
             if include:
                 raise UsageError("include= goes with a target name; a recipe has its own globs")
-            rules = to.rules if isinstance(to, Recipe) else ((to,) if isinstance(to, Rule) else tuple(to))
+            rules = (
+                to.rules
+                if isinstance(to, Recipe)
+                else ((to,) if isinstance(to, Rule) else tuple(to))
+            )
         return cls(tuple(Rule(KEEP, match=glob) for glob in exclude) + rules)
 
     @property

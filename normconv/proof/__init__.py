@@ -3,9 +3,9 @@
 from normconv.proof.outputs import cast_inputs as cast_inputs
 from normconv.proof.outputs import evaluate as evaluate
 from normconv.proof.outputs import flat_outputs as flat_outputs
-from normconv.proof.prove import Proof as Proof
-from normconv.proof.prove import coarsest_dtype as coarsest_dtype
-from normconv.proof.prove import prove as prove
+from normconv.proof.conversion import Proof as Proof
+from normconv.proof.conversion import coarsest_dtype as coarsest_dtype
+from normconv.proof.conversion import prove as prove
 from normconv.proof.recorder import record_outputs as record_outputs
 from normconv.proof.visible import blind_sites as blind_sites
 from normconv.proof.visible import randomise_norms_ as randomise_norms_

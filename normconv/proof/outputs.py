@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from normconv.layers import copy_model
 from normconv.numerics import evaluating
+from normconv.proof.widening import computing_in
 
-__all__ = ["cast_inputs", "evaluate", "flat_outputs"]
+__all__ = ["cast_inputs", "evaluate", "flat_outputs", "run_in"]
+
+Value = TypeVar("Value")
 
 
 def flat_outputs(value: Any) -> dict[str, Tensor]:
@@ -69,14 +72,33 @@ def evaluate(
         model: left as it was, flags included.
         args: positional inputs.
         kwargs: keyword inputs.
-        dtype: run a copy of the model, and the inputs, in this dtype; None runs it as it is.
+        dtype: compute in this dtype, inputs cast; None runs the model as it is.
 
     >>> evaluate(nn.Linear(2, 1), (torch.zeros(3, 2),), dtype=torch.float64)["output"].dtype
     torch.float64
     """
-    kwargs = dict(kwargs or {})
-    if dtype is not None:
-        model = copy_model(model).to(dtype)
-        args, kwargs = cast_inputs(args, dtype), cast_inputs(kwargs, dtype)
-    with evaluating(model):
-        return flat_outputs(model(*args, **kwargs))
+    if dtype is None:
+        with evaluating(model):
+            return flat_outputs(model(*args, **(kwargs or {})))
+    inputs = cast_inputs((args, dict(kwargs or {})), dtype)
+
+    def run(model: nn.Module) -> dict[str, Tensor]:
+        with evaluating(model):
+            return flat_outputs(model(*inputs[0], **inputs[1]))
+
+    return run_in(model, dtype, run)
+
+
+def run_in(model: nn.Module, dtype: torch.dtype, run: Callable[[nn.Module], Value]) -> Value:
+    """Call `run` with a model that computes in `dtype`: this one if it can, else a copy of it.
+
+    Args:
+        model: left as it was.
+        dtype: a floating dtype.
+        run: called once, or twice when a module reads another's tensors.
+    """
+    try:
+        with computing_in(model, dtype):
+            return run(model)
+    except RuntimeError:  # torch's dtype mismatches have no class of their own
+        return run(copy_model(model).to(dtype))

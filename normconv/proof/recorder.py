@@ -17,9 +17,7 @@ _SAMPLES = 4
 
 
 @contextmanager
-def record_outputs(
-    model: nn.Module, names: Iterable[str]
-) -> Iterator[dict[str, list[Tensor]]]:
+def record_outputs(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
     """Record what the named modules put out while the block runs.
 
     Args:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from normconv.graph import NormState, is_norm, norm_state
 from normconv.numerics import evaluating, noise_bound, relative_l2
 from normconv.proof.outputs import evaluate
-from normconv.proof.prove import branches_training, coarsest_dtype
+from normconv.proof.conversion import branches_training, coarsest_dtype
 
 __all__ = ["blind_sites", "randomise_norms_"]
 
@@ -75,7 +75,9 @@ def _randomise_(norm: nn.Module, x: Tensor, generator: torch.Generator) -> None:
     axes = [axis for axis in range(x.dim()) if axis != 1]
     wide = x.detach().to(device="cpu", dtype=torch.float64)
     mean, var = wide.mean(axes), wide.var(axes, correction=0)
-    var = torch.where(var > 1e-10, var, torch.ones_like(var))  # a dead channel has no scale of its own
+    var = torch.where(
+        var > 1e-10, var, torch.ones_like(var)
+    )  # a dead channel has no scale of its own
     sign = torch.where(uniform() < 0.15, -1.0, 1.0)
     alive = torch.where(uniform() < 0.02, 0.0, 1.0)
     state.mean.copy_(mean + 0.1 * var.sqrt() * normal())

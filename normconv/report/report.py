@@ -162,7 +162,16 @@ def jsonable(value: Any) -> Any:
     return str(value)
 
 
-_REPORTED = ("normconv", "torch", "onnx", "onnxscript", "numpy", "timm", "torchvision", "transformers")
+_REPORTED = (
+    "normconv",
+    "torch",
+    "onnx",
+    "onnxscript",
+    "numpy",
+    "timm",
+    "torchvision",
+    "transformers",
+)
 _RUNTIMES = ("onnxruntime-gpu", "onnxruntime", "onnxruntime-directml")
 
 

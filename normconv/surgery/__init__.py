@@ -2,5 +2,5 @@
 
 from normconv.surgery.apply import Result as Result
 from normconv.surgery.apply import apply_plan as apply_plan
-from normconv.surgery.fingerprint import fingerprint as fingerprint
+from normconv.surgery.identity import fingerprint as fingerprint
 from normconv.surgery.planner import make_plan as make_plan

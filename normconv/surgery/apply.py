@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import NamedTuple
 
 from torch import fx, nn
@@ -10,9 +9,10 @@ from torch import fx, nn
 from normconv.errors import PlanError, Problem
 from normconv.graph.passes import DropIdentities
 from normconv.graph.rewrite import empty_slot_
+from normconv.layers import copy_model
 from normconv.plan import Plan, Step, record
 from normconv.report import Report
-from normconv.surgery.fingerprint import fingerprint
+from normconv.surgery.identity import fingerprint
 from normconv.surgery.wrappers import refuse_wrapped
 from normconv.targets import make_target
 
@@ -52,7 +52,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> Result:
     """
     refuse_wrapped(model)
     _check_fit(model, plan)
-    twin = _copy(model)
+    twin = copy_model(model)
     _carry_out(twin, plan)
     if isinstance(twin, fx.GraphModule):
         DropIdentities()(twin)
@@ -68,16 +68,6 @@ def apply_plan(model: nn.Module, plan: Plan) -> Result:
         plan=plan.to_dict(),
     )
     return Result(twin, report)
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except RuntimeError as error:
-        # Legacy weight norm keeps a computed tensor as an attribute, which deepcopy refuses.
-        raise PlanError(
-            Problem(type(model).__name__, f"it cannot be copied: {error}", "fold it first (normconv.fold)")
-        ) from error
 
 
 def _carry_out(model: nn.Module, plan: Plan) -> None:
@@ -117,7 +107,9 @@ def _step_problems(model: nn.Module, step: Step) -> list[Problem]:
         except AttributeError:
             problems.append(Problem(name, "the plan names it and the model has no such module"))
     if step.action == "fold" and not step.producers:
-        problems.append(Problem(step.site, "the plan folds it into no layer", "use action 'affine'"))
+        problems.append(
+            Problem(step.site, "the plan folds it into no layer", "use action 'affine'")
+        )
     if problems:
         return problems
     found = type(model.get_submodule(step.site)).__name__

@@ -10,7 +10,7 @@ from torch import nn
 from normconv.errors import PlanError, Problem
 from normconv.graph import Site, Survey, survey
 from normconv.plan import KEEP, Plan, Recipe, Rule, Step
-from normconv.surgery.fingerprint import fingerprint
+from normconv.surgery.identity import fingerprint
 from normconv.surgery.wrappers import refuse_wrapped
 from normconv.targets import make_target
 

@@ -16,9 +16,9 @@ def refuse_wrapped(model: nn.Module) -> None:
     Raises:
         PlanError: names each wrapper and how to get at the model.
 
-    >>> refuse_wrapped(nn.DataParallel(nn.Linear(1, 1)))
+    >>> refuse_wrapped(nn.DataParallel(nn.Linear(1, 1)))  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    normconv.errors.PlanError: the model: it is wrapped in DataParallel; convert model.module, then wrap again
+    normconv.errors.PlanError: the model: it is wrapped in DataParallel; convert model.module, ...
     """
     problems = [
         Problem(path or "the model", f"it is wrapped in {type(module).__name__}", way_out)

@@ -34,4 +34,6 @@ def make_target(name: str, options: Mapping[str, Any] | None = None) -> Target:
     names = [kind.name for kind in TARGETS]
     near = get_close_matches(name, names, n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""
-    raise UsageError(Problem(f"target '{name}'", "there is none of that name", f"{hint}use one of {names}"))
+    raise UsageError(
+        Problem(f"target '{name}'", "there is none of that name", f"{hint}use one of {names}")
+    )

@@ -8,7 +8,7 @@ from normconv.targets.base import Decision
 
 __all__ = ["decide_exact", "refusal"]
 
-_COST = "costs one multiply-add an element at inference"
+_COST = "one multiply-add an element at inference"
 
 
 def refusal(site: Site) -> Problem | None:
@@ -26,5 +26,5 @@ def decide_exact(site: Site) -> Decision | Problem:
     if refused is not None:
         return refused
     if site.producers:
-        return Decision("fold", f"{' + '.join(site.producers)} absorbs it exactly", site.producers)
-    return Decision("affine", f"{site.obstacle}: {_COST}")
+        return Decision("fold", f"into {' + '.join(site.producers)}", site.producers)
+    return Decision("affine", f"{site.obstacle}; {_COST}")

@@ -33,6 +33,7 @@ def fold(
     *,
     example_inputs: tuple[Any, ...] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
+    share_tensors: bool = False,
 ) -> Result:
     """Return a copy of the model with plain weights in place of every weight norm.
 
@@ -45,6 +46,8 @@ def fold(
         model: not changed.
         example_inputs: with inputs, a `ChannelAffine` is folded into its neighbour too where exact.
         example_kwargs: keyword inputs.
+        share_tensors: what needs no folding is shared with the model instead of copied: less memory
+            for a result that is only read.
 
     Raises:
         CaptureError: with inputs, when the model cannot be captured.
@@ -55,7 +58,8 @@ def fold(
     >>> type(model[0]).__name__, dict(report.facts)["folded"]
     ('Linear', {'normconv weight norm': 1})
     """
-    twin = copy_model(model)
+    # Folding a weight replaces it. Only an affine map is written into a layer that is there already.
+    twin = copy_model(model, share_tensors=share_tensors and example_inputs is None)
     rows = list(_fold_weights_(twin))
     absorbed: list[dict[str, Any]] = []
     if example_inputs is not None:
@@ -84,7 +88,7 @@ def fold(
 
 def _fold_weights_(model: nn.Module) -> Iterator[SiteRow]:
     for name, module in list(model.named_modules()):
-        if isinstance(module, Reparametrised):
+        if isinstance(module, Reparametrised) and isinstance(module, nn.Module):
             yield _row(name, module, "normconv weight norm", fold_layer_(module))
         for tensor in hooked_names(module):
             yield _row(name, module, "torch weight_norm (hook)", fold_hooked_(module, tensor))
@@ -118,7 +122,9 @@ def _fold_affines_(
 
 def _left_over(model: nn.Module) -> list[Problem]:
     return [
-        Problem(name, f"its parametrization of {', '.join(module.parametrizations)} is left as it is")  # type: ignore[arg-type]
+        Problem(
+            name, f"its parametrization of {', '.join(module.parametrizations)} is left as it is"
+        )
         for name, module in model.named_modules()
         if parametrize.is_parametrized(module)
     ]

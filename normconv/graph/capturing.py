@@ -49,7 +49,9 @@ def capture(
             continue
         try:
             graph = method(model, args, kwargs or {}, names)
-        except Exception as reason:  # the model is the user's: any exception means "try the next way"
+        except (
+            Exception
+        ) as reason:  # the model is the user's: any exception means "try the next way"
             failures[name] = _first_line(reason)
             continue
         return replace(graph, failures=failures)
@@ -69,5 +71,3 @@ def capture(
 def _first_line(reason: Exception) -> str:
     text = str(reason).strip().splitlines()
     return f"{type(reason).__name__}: {text[0] if text else 'no message'}"[:300]
-
-

@@ -28,5 +28,3 @@ def fingerprint(model: nn.Module) -> str:
                 shape = None if tensor is None or is_lazy(tensor) else tuple(tensor.shape)
                 digest.update(f"  {name}:{shape}\n".encode())
     return digest.hexdigest()
-
-

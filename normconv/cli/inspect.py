@@ -1,0 +1,81 @@
+"""`normconv inspect`: what norms a model has, what feeds each, and what could take it."""
+
+from __future__ import annotations
+
+import json
+
+import typer
+from rich.console import Console
+
+from normconv.cli.common import (
+    Input,
+    Json,
+    Key,
+    ModelArg,
+    ModelSpec,
+    RandomWeights,
+    Source,
+    Trust,
+    command,
+    open_model,
+    stage,
+)
+from normconv.report import jsonable
+from normconv.report.terminal import table
+
+__all__ = ["inspect"]
+
+
+@command
+def inspect(
+    source: Source,
+    model: ModelSpec = None,
+    model_arg: ModelArg = None,
+    key: Key = None,
+    trust: Trust = None,
+    random_weights: RandomWeights = False,
+    input_: Input = None,
+    as_json: Json = False,
+) -> None:
+    """Show every norm of a model, what feeds it, and whether that can absorb it."""
+    opened = open_model(
+        source,
+        model=model,
+        model_arg=model_arg,
+        key=key,
+        trust=trust,
+        random_weights=random_weights,
+        input_=input_,
+        as_json=as_json,
+    )
+    with stage("capture", as_json=as_json):
+        from normconv.graph import survey
+
+        found = survey(opened.model, opened.inputs.args, opened.inputs.kwargs)
+    facts = {
+        **opened.loaded.facts,
+        "example inputs": opened.inputs.origin,
+        "capture": found.method,
+        "parameters": sum(p.numel() for p in opened.model.parameters()),
+    }
+    if as_json:
+        sites = [site.__dict__ for site in found.sites]
+        document = {"facts": facts, "failures": found.failures, "sites": sites}
+        typer.echo(json.dumps(jsonable(document), indent=2))
+        return
+    console = Console()
+    for name, value in facts.items():
+        console.print(f"[dim]{name}:[/] {value}", highlight=False)
+    made = table(["norm", "class", "channels", "input", "called in", "fed by"])
+    for site in found.sites:
+        shape = "x".join(map(str, site.shape or ()))
+        fed = " + ".join(site.producers) or site.refusal or site.obstacle or "nothing calls it"
+        made.add_row(site.name, site.norm, str(site.channels), shape, site.phase, fed)
+    console.print(made)
+    foldable = sum(bool(site.producers) for site in found.sites)
+    console.print(f"{len(found.sites)} norms, {foldable} can be folded into what feeds them")
+    for note in (
+        *opened.loaded.notes,
+        *(f"capture by {k}: {v}" for k, v in found.failures.items()),
+    ):
+        console.print(f"[yellow]note:[/] {note}", highlight=False)

@@ -1,0 +1,195 @@
+"""Holding an exported file in ONNX Runtime against the torch model it was made from."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normconv.deploy.compare import Comparison, Reference, compare, onnx_name
+from normconv.deploy.program import batch_size, named_inputs, resized, to_onnx
+from normconv.deploy.runners import session_outputs
+from normconv.deploy.session import Session
+from normconv.deploy.write import save
+from normconv.errors import NormconvError, Refused
+from normconv.layers import copy_model
+from normconv.numerics.error import relative_l2
+from normconv.proof.outputs import evaluate
+from normconv.report import Check
+
+__all__ = ["OTHER_BATCHES", "Parity", "backend_errors", "backend_parity"]
+
+#: The batches at which a file with a free batch axis is run besides the example's own.
+OTHER_BATCHES = (1, 3)
+
+# A backend that computes the original itself this much worse than torch does is a fault to see, not
+# noise to forgive; it also keeps a fault of the exporter, which both files would have, out.
+_MOST_FORGIVEN = 10.0
+
+
+_FIXED = "export with dynamic_batch=False"
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What running a file showed.
+
+    Args:
+        checks: a check per batch and output.
+        facts: providers by node count, errors.
+        notes: what could not be checked.
+    """
+
+    checks: tuple[Check, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def backend_parity(
+    model: nn.Module,
+    path: Path,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    inputs: Sequence[str],
+    dynamic: bool,
+    provider: str | None,
+) -> Parity:
+    """Run a file in ONNX Runtime and compare it with the model in float64.
+
+    The reference is `model` as it was given, before folding: the fold is proved with the file.
+
+    Args:
+        model: the original.
+        path: the file.
+        args: example inputs.
+        kwargs: example keyword inputs.
+        inputs: the file's inputs, in order.
+        dynamic: also run one sample and three.
+        provider: as `Session` takes it.
+    """
+    try:
+        session = Session(path, provider)
+    except Refused as refusal:
+        return _not_run(model, refusal, provider)
+    batch = batch_size(args, kwargs)
+    others: tuple[int, ...] = ()
+    if dynamic and batch is not None:
+        others = tuple(size for size in OTHER_BATCHES if size != batch)
+    batch = batch or 0
+    # One run of the reference at the largest batch serves the smaller ones: in eval mode samples
+    # are independent, and where they are not, the reference is run again below.
+    largest = max(batch, *others) if others else batch
+    args, kwargs = resized((args, kwargs), batch, largest)
+    reference = _reference(model, args, kwargs)
+    checks: list[Check] = []
+    facts: dict[str, Any] = {}
+    for size in dict.fromkeys((batch, *others)):
+        label = f"{session.provider} batch {size} " if others else f"{session.provider} "
+        given = resized((args, kwargs), largest, size)
+        try:
+            outputs = session_outputs(
+                session, dict(zip(inputs, _tensors(model, *given), strict=True))
+            )
+        except Refused as refusal:
+            checks.append(Check(label + "run", False, detail=str(refusal), way_out=_FIXED))
+            continue
+        outcome = _compare(outputs, reference.first(size, largest), label, model, given, session)
+        checks.extend(outcome.checks)
+        facts.update({label + name: row for name, row in outcome.facts.items()})
+    notes = _precision_notes(reference, session.provider)
+    ran = {"nodes_by_provider": session.nodes_per_provider(), "outputs": facts}
+    return Parity(tuple(checks), {f"{session.provider} run": ran}, notes)
+
+
+def backend_errors(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    exact: Mapping[str, Tensor],
+    native: Mapping[str, Tensor],
+    provider: str,
+) -> dict[str, float]:
+    """Measure the error that the original itself has on a backend, output by output.
+
+    The original is exported unfolded and run there. This is asked for only when a file has missed
+    the bound that torch's own error gives, and forgives at most ten times as much.
+
+    Returns:
+        The rel-L2 error by output; empty when the original does not run there.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "original.onnx"
+        try:
+            duplicate = copy_model(model).eval()
+            program = to_onnx(duplicate, args, kwargs, dynamic_batch=False, opset=20)
+            save(program.model, path)
+            session = Session(path, provider)
+            outputs = session_outputs(
+                session,
+                dict(zip(program.inputs, named_inputs(model, args, kwargs).values(), strict=True)),
+            )
+        except (NormconvError, RuntimeError, ValueError):
+            return {}
+    found = {}
+    for name, value in exact.items():
+        own = outputs.get(onnx_name(name))
+        if own is None or own.shape != value.shape or not native[name].is_floating_point():
+            continue
+        eps = torch.finfo(native[name].dtype).eps
+        limit = _MOST_FORGIVEN * max(eps, relative_l2(native[name], value))
+        found[name] = min(relative_l2(own, value), limit)
+    return found
+
+
+def _reference(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reference:
+    native = evaluate(model, args, kwargs)
+    return Reference(evaluate(model, args, kwargs, dtype=torch.float64), native)
+
+
+def _compare(
+    outputs: Mapping[str, Tensor],
+    reference: Reference,
+    label: str,
+    model: nn.Module,
+    given: tuple[tuple[Any, ...], dict[str, Any]],
+    session: Session,
+) -> Comparison:
+    outcome = compare(outputs, reference, label=label)
+    if all(check.passed for check in outcome.checks):
+        return outcome
+    # Now at its own price: the reference on this very batch, and the backend's own error.
+    reference = _reference(model, *given)
+    outcome = compare(outputs, reference, label=label)
+    if not outcome.missed:
+        return outcome
+    forgiven = backend_errors(model, *given, reference.exact, reference.native, session.provider)
+    return compare(outputs, reference, label=label, backend_errors=forgiven)
+
+
+def _tensors(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    return list(named_inputs(model, args, kwargs).values())
+
+
+def _not_run(model: nn.Module, refusal: Refused, provider: str | None) -> Parity:
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    unsupported = type(refusal.__cause__).__name__ == "NotImplemented"
+    if unsupported and dtype != torch.float32:
+        name = str(dtype).removeprefix("torch.")
+        reason = f"ONNX Runtime has no {name} kernels for it; only the graph was checked"
+        return Parity(notes=(f"{reason} ({refusal})",))
+    return Parity((Check(f"{provider or 'ONNX Runtime'} session", False, detail=str(refusal)),))
+
+
+def _precision_notes(reference: Reference, provider: str) -> tuple[str, ...]:
+    halves = {str(v.dtype).removeprefix("torch.") for v in reference.native.values()}
+    halves &= {"float16", "bfloat16"}
+    if not halves or provider != "cpu":
+        return ()
+    kinds = " and ".join(sorted(halves))
+    return (f"ONNX Runtime computes {kinds} in float32 on CPU: an overflow is not seen there",)
