@@ -12,7 +12,7 @@ from torch import nn
 from normconv.errors import CaptureError, CheckFailed, Problem
 from normconv.graph import trace
 from normconv.graph.passes import FunctionalNormsToModules
-from normconv.numerics import evaluating
+from normconv.numerics import evaluating, give_back_memory
 from normconv.plan import Plan, Recipe, Rule
 from normconv.proof import prove
 from normconv.report import Report
@@ -86,7 +86,10 @@ def convert(
             drop_unreached=drop_unreached,
         )
     result = apply_plan(base, plan)
-    return prove_conversion(model, result, plan, args, kwargs, origin=origin)
+    del base
+    result = prove_conversion(model, result, plan, args, kwargs, origin=origin)
+    give_back_memory()
+    return result
 
 
 def prove_conversion(

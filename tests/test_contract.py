@@ -78,7 +78,7 @@ def each(wanted: str, *, bugs: bool = False) -> Any:
         for target in NAMES:
             broken = bool(case.bug) and target in case.bug_for
             marks = [pytest.mark.xfail(strict=True, reason=case.bug)] if broken else []
-            if bugs or not broken:
+            if bugs or not case.bug:
                 found.append(pytest.param(name, target, marks=marks, id=f"{name}-{target}"))
     return pytest.mark.parametrize(("name", "target"), found)
 
@@ -157,6 +157,7 @@ def test_without_strict_a_refused_site_is_kept_and_listed(target: str) -> None:
 # --- converted ------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @each("converts", bugs=True)
 def test_actions_are_the_expected_ones_and_the_proof_holds(name: str, target: str) -> None:
     done = converted(name, target)
@@ -371,9 +372,8 @@ def test_folded_weight_norm_is_the_plain_result(name: str) -> None:
         assert a[key].stride() == b[key].stride()
         # g is rounded once and so is w: two roundings apart.
         assert relative_l2(a[key], b[key]) <= noise_bound(a[key].dtype), key
-    classes = [type(module) for module in left.modules() if not isinstance(module, torch.fx.GraphModule)]
-    wanted = [type(module) for module in right.modules() if not isinstance(module, torch.fx.GraphModule)]
-    assert classes == wanted
+    classes = [type(module).__name__ for module in left.modules()]
+    assert classes == [type(module).__name__ for module in right.modules()]
     assert not any(isinstance(module, Reparametrised) for module in left.modules())
     flags = {key: p.requires_grad for key, p in left.named_parameters()}
     assert flags == {key: p.requires_grad for key, p in right.named_parameters()}
@@ -392,7 +392,22 @@ def test_folding_keeps_the_function(name: str, target: str) -> None:
         assert all(relative_l2(got[key], expected[key]) <= 1e-12 for key in expected)
 
 
-@pytest.mark.parametrize("name", [n for n, c in ZOO.items() if c.converts and not c.bug])
+TIED = "export names a tied tensor by its first owner: the second owner's read counts as an outside one"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=[pytest.mark.xfail(strict=True, reason=TIED)]
+            if name in ("tied_norms", "conv_bias_is_norm_bias")
+            else [],
+        )
+        for name, case in ZOO.items()
+        if case.converts and not case.bug
+    ],
+)
 def test_both_captures_tell_the_same(name: str) -> None:
     case, model = ZOO[name], original_of(name)
     args, kwargs = case.inputs()
@@ -542,6 +557,33 @@ def test_the_zoo_itself_can_be_seen(name: str) -> None:
 
 
 # --- details of single cases ----------------------------------------------------------------------
+
+
+@pytest.mark.xfail(strict=True, reason="the capture leaves a FakeTensor as conv.weight")
+def test_a_plan_leaves_hooked_weights_alone() -> None:
+    model = original_of("legacy_weight_norm_producer")
+    before = snapshot(model)
+    plan_of(model, ZOO["legacy_weight_norm_producer"], "wn")
+    assert_unchanged(before, model)
+
+
+@pytest.mark.xfail(strict=True, reason="a GraphModule's pickle keeps attributes and forgets meta")
+@pytest.mark.parametrize("name", ["graph_module", "functional_as_graph"])
+def test_history_of_a_graph_module_survives_pickle(name: str) -> None:
+    done = converted(name, "wn")
+    assert history_of(pickle.loads(pickle.dumps(done.model))) == history_of(done.model)
+
+
+@pytest.mark.xfail(strict=True, reason="the tensors of a functional norm stay on the model, unused")
+def test_nothing_of_a_functional_norm_is_left() -> None:
+    for target in NAMES:
+        left = converted("functional_as_graph", target).model.state_dict()
+        assert not left.keys() & {"gamma", "beta", "mean", "var"}
+
+
+def test_history_survives_pickle() -> None:
+    done = converted("residual_net", "wn")
+    assert history_of(pickle.loads(pickle.dumps(done.model))) == history_of(done.model)
 
 
 def test_activation_inside_a_norm_is_kept_under_its_name() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import time
 from collections import Counter
@@ -22,6 +21,7 @@ from normconv.deploy.session import onnxruntime_module
 from normconv.deploy.write import data_path, draft, publish, save
 from normconv.errors import CheckFailed, Problem, UsageError
 from normconv.folding import fold
+from normconv.numerics import give_back_memory
 from normconv.report import Check, Report
 
 __all__ = ["DEFAULT_OPSET", "OPSETS", "export_onnx"]
@@ -89,10 +89,12 @@ def export_onnx(
         report = _described(model, path, args, kwargs, program)
         batch_norms, dynamic = program.batch_norms, program.dynamic
         # The graph shares the folded weights: with it goes the folded copy.
+        _release_weights(program)
         del program
-        gc.collect()
+        give_back_memory()
         clock.lap("write")
         report = _with_graph(report, written, batch_norms)
+        give_back_memory()
         clock.lap("check graph")
         if check:
             for provider in providers or (None,):
@@ -155,6 +157,12 @@ def _program(
     return program
 
 
+def _release_weights(program: Program) -> None:
+    """Let go of a written graph's weights: the rewriter's rules keep the last graph they saw alive."""
+    for value in program.model.graph.initializers.values():
+        value.const_value = None
+
+
 def _rename(
     program: Program, input_names: Sequence[str] | None, output_names: Sequence[str] | None
 ) -> None:
@@ -213,7 +221,6 @@ def _with_graph(report: Report, path: Path, batch_norms: int) -> Report:
         _none("weight arithmetic", arithmetic, "nodes compute weights"),
         _none("weights are initializers", computed, "weights are not stored"),
         _none("paths and stack traces", leaks, "strings name this machine's files"),
-        _checker(path),
     )
     from_input = [str(use) for use in unstored if use.from_input]
     notes = (f"weights that depend on the input: {_listed(from_input)}",) if from_input else ()
@@ -230,7 +237,10 @@ def _with_graph(report: Report, path: Path, batch_norms: int) -> Report:
         "external_data": data_path(path).exists(),
         "dynamic_axes": onnx_graph.dynamic_axes(graph),
     }
-    return report.extended(checks=checks, facts=facts, notes=notes)
+    # The checker reads the file itself: what was read here goes first.
+    del proto, graph
+    give_back_memory()
+    return report.extended(checks=(*checks, _checker(path)), facts=facts, notes=notes)
 
 
 def _none(name: str, found: Sequence[object], what: str) -> Check:

@@ -18,7 +18,7 @@ from normconv.deploy.session import Session
 from normconv.deploy.write import save
 from normconv.errors import NormconvError, Refused
 from normconv.layers import copy_model
-from normconv.numerics.error import relative_l2
+from normconv.numerics import give_back_memory, relative_l2
 from normconv.proof.outputs import evaluate
 from normconv.report import Check
 
@@ -73,10 +73,6 @@ def backend_parity(
         dynamic: also run one sample and three.
         provider: as `Session` takes it.
     """
-    try:
-        session = Session(path, provider)
-    except Refused as refusal:
-        return _not_run(model, refusal, provider)
     batch = batch_size(args, kwargs)
     others: tuple[int, ...] = ()
     if dynamic and batch is not None:
@@ -87,6 +83,11 @@ def backend_parity(
     largest = max(batch, *others) if others else batch
     args, kwargs = resized((args, kwargs), batch, largest)
     reference = _reference(model, args, kwargs)
+    give_back_memory()  # the session comes after the reference: their peaks do not add up
+    try:
+        session = Session(path, provider)
+    except Refused as refusal:
+        return _not_run(model, refusal, provider)
     checks: list[Check] = []
     facts: dict[str, Any] = {}
     for size in dict.fromkeys((batch, *others)):

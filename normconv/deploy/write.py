@@ -12,6 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from normconv.deploy.onnx_graph import initializer_bytes
+from normconv.deploy.stream import write_streamed
 from normconv.files import atomic_path, rejected_path
 
 __all__ = ["EXTERNAL_DATA_THRESHOLD", "data_path", "draft", "publish", "save"]
@@ -34,7 +35,7 @@ def data_path(path: Path) -> Path:
 def save(model: ir.Model, path: Path) -> None:
     """Write a graph, its weights beside it when they are too large for one file."""
     if initializer_bytes(model) <= EXTERNAL_DATA_THRESHOLD:
-        ir.save(model, path)
+        write_streamed(model, path)
         return
     ir.save(model, path, external_data=data_path(path).name, size_threshold_bytes=_INLINE_BYTES)
 

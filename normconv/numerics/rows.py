@@ -95,4 +95,5 @@ def scale_rows(weight: Tensor, factor: Tensor, layout: RowLayout) -> Tensor:
     if not layout.transposed:
         return weight * layout.broadcast(factor, weight)
     split = layout.split(weight)
-    return (split * layout.broadcast(factor, weight)).flatten(0, 1)
+    scaled: Tensor = (split * layout.broadcast(factor, weight)).flatten(0, 1)
+    return scaled
