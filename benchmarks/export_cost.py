@@ -55,9 +55,7 @@ def child(which: str, spec: str) -> None:
             assert report.passed
         else:
             batch = {"x": {0: torch.export.Dim("batch")}}
-            torch.onnx.export(
-                model, (x,), path, dynamo=True, dynamic_shapes=batch, verbose=False
-            )
+            torch.onnx.export(model, (x,), path, dynamo=True, dynamic_shapes=batch, verbose=False)
         seconds = time.perf_counter() - start
     print(json.dumps({"seconds": seconds, "peak MiB": (_peak() - bare) / 2**20}))
 

@@ -19,7 +19,14 @@ from normconv.graph import is_norm, survey
 from normconv.layers import ChannelAffine, Reparametrised
 from normconv.numerics import noise_bound, relative_l2
 from normconv.plan import Plan, history_of
-from normconv.proof import blind_sites, coarsest_dtype, evaluate, flat_outputs, prove, randomise_norms_
+from normconv.proof import (
+    blind_sites,
+    coarsest_dtype,
+    evaluate,
+    flat_outputs,
+    prove,
+    randomise_norms_,
+)
 from normconv.surgery import Result, apply_plan, make_plan
 from normconv.targets import TARGETS
 from tests.zoo import ZOO, Case
@@ -134,11 +141,13 @@ def assert_same_state(a: nn.Module, b: nn.Module) -> None:
 def test_refusal_names_reason_and_way_out_and_changes_nothing(name: str, target: str) -> None:
     case, model = ZOO[name], original_of(name)
     before = snapshot(model)
-    with pytest.raises(Refused, match=".") as caught:
+    with pytest.raises(Refused) as caught:
         apply_plan(model, plan_of(model, case, target))
     assert case.refused in str(caught.value)
     assert caught.value.problems
-    assert all(problem.what and problem.where and problem.way_out for problem in caught.value.problems)
+    assert all(
+        problem.what and problem.where and problem.way_out for problem in caught.value.problems
+    )
     assert_unchanged(before, model)
 
 
@@ -147,7 +156,10 @@ def test_without_strict_a_refused_site_is_kept_and_listed(target: str) -> None:
     case, model = ZOO["no_running_stats_among_others"], original_of("no_running_stats_among_others")
     args, _ = case.inputs()
     plan = make_plan(model, target, example_inputs=args, strict=False)
-    assert [step.action for step in plan.steps] == ["frozen" if target == "frozen" else "fold", "keep"]
+    assert [step.action for step in plan.steps] == [
+        "frozen" if target == "frozen" else "fold",
+        "keep",
+    ]
     assert any("kept: 2: it keeps no running statistics" in note for note in plan.notes)
     model_after = apply_plan(model, plan).model
     assert isinstance(model_after[2], nn.BatchNorm2d)
@@ -259,7 +271,9 @@ def test_no_norm_is_left_and_samples_do_not_meet_in_training(name: str, target: 
         second = _flat(twin(*moved, **kwargs))
     for a, b in zip(first, second, strict=True):
         if a.dim() and a.shape[0] == args[0].shape[0]:
-            torch.testing.assert_close(a[0], b[0], rtol=2e-2 if a.dtype.itemsize < 4 else 1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                a[0], b[0], rtol=2e-2 if a.dtype.itemsize < 4 else 1e-5, atol=1e-5
+            )
 
 
 @each("converts")
@@ -336,7 +350,8 @@ def test_training_step_has_finite_gradients(name: str, target: str, batch: int) 
     if not done.case.couples:
         args, kwargs = _first(args, batch), _first(kwargs, batch)
     loss = sum(
-        output.float().square().mean() + output.float().sum() for output in _flat(model(*args, **kwargs))
+        output.float().square().mean() + output.float().sum()
+        for output in _flat(model(*args, **kwargs))
     )
     if not any(p.requires_grad for p in model.parameters()):
         return
@@ -365,7 +380,10 @@ def test_plan_survives_json(name: str, target: str) -> None:
 @pytest.mark.parametrize("name", [n for n, c in ZOO.items() if c.converts and not c.bug])
 def test_folded_weight_norm_is_the_plain_result(name: str) -> None:
     weight_normed, plain = converted(name, "wn"), converted(name, "plain")
-    left, right = fold(copy.deepcopy(weight_normed.model)).model, fold(copy.deepcopy(plain.model)).model
+    left, right = (
+        fold(copy.deepcopy(weight_normed.model)).model,
+        fold(copy.deepcopy(plain.model)).model,
+    )
     a, b = left.state_dict(), right.state_dict()
     assert list(a) == list(b)
     for key in a:
@@ -522,13 +540,19 @@ def test_proof_refuses_a_model_that_differs_from_itself() -> None:
     model, x = Noisy(), torch.randn(2, 3, 4, 4)
     plan = make_plan(model, "wn", example_inputs=(x,))
     proof = prove(model, apply_plan(model, plan).model, plan.steps, (x,))
-    assert "the original repeats itself" in [check.name for check in proof.checks if not check.passed]
+    assert "the original repeats itself" in [
+        check.name for check in proof.checks if not check.passed
+    ]
 
 
 def _deep(alive: bool) -> nn.Sequential:
     layers: list[nn.Module] = []
     for _ in range(8):
-        layers += [nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU() if alive else nn.Threshold(1e6, 1.0)]
+        layers += [
+            nn.Linear(8, 8),
+            nn.BatchNorm1d(8),
+            nn.ReLU() if alive else nn.Threshold(1e6, 1.0),
+        ]
     return nn.Sequential(*layers, nn.Linear(8, 2))
 
 

@@ -85,7 +85,9 @@ class Case:
     def counts(self, target: str) -> dict[str, int]:
         """How many sites get which action."""
         sites = self.fold + self.affine
-        wanted = {"frozen": sites} if target == "frozen" else {"fold": self.fold, "affine": self.affine}
+        wanted = (
+            {"frozen": sites} if target == "frozen" else {"fold": self.fold, "affine": self.affine}
+        )
         return {action: n for action, n in {**wanted, "drop": self.drop}.items() if n}
 
 
@@ -98,7 +100,9 @@ def _cast(value: Any, dtype: torch.dtype | None) -> Any:
 
 
 def _conv_bn(conv: nn.Module, norm: nn.Module, *rest: nn.Module) -> nn.Sequential:
-    return nn.Sequential(OrderedDict(conv=conv, norm=norm, act=nn.ReLU(), rest=nn.Sequential(*rest)))
+    return nn.Sequential(
+        OrderedDict(conv=conv, norm=norm, act=nn.ReLU(), rest=nn.Sequential(*rest))
+    )
 
 
 class SharedConv(nn.Module):
@@ -250,7 +254,11 @@ class AfterReshape(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.bn, self.flat = nn.Conv2d(3, 4, 3), nn.BatchNorm1d(8), nn.BatchNorm1d(4 * 16)
+        self.conv, self.bn, self.flat = (
+            nn.Conv2d(3, 4, 3),
+            nn.BatchNorm1d(8),
+            nn.BatchNorm1d(4 * 16),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
@@ -301,7 +309,9 @@ class Containers(nn.Module):
         super().__init__()
         self.convs = nn.ModuleList([nn.Conv2d(3, 3, 3, padding=1) for _ in range(2)])
         self.norms = nn.ModuleDict({"a": nn.BatchNorm2d(3), "b": nn.BatchNorm2d(3)})
-        self.tail = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4))))
+        self.tail = nn.Sequential(
+            nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4)))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         for conv, norm in zip(self.convs, self.norms.values(), strict=True):
@@ -447,7 +457,7 @@ class ControlFlow(nn.Module):
         return self.big(y) if y.mean(dim=0).dim() == 3 else y
 
 
-class Optional_(nn.Module):
+class OptionalArgument(nn.Module):
     """An optional argument that is left at None."""
 
     def __init__(self) -> None:
@@ -461,21 +471,21 @@ class Optional_(nn.Module):
         return y * scale
 
 
-class CastsInput(Optional_):
+class CastsInput(OptionalArgument):
     """Takes bytes and makes float32 of them, whatever its own dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(self.conv(x.float() / 255))
 
 
-class KeywordInput(Optional_):
+class KeywordInput(OptionalArgument):
     """Inputs by name, one of them only by name."""
 
     def forward(self, x: Tensor, *, mask: Tensor) -> Tensor:
         return self.bn(self.conv(x)) * mask
 
 
-class SeveralInputs(Optional_):
+class SeveralInputs(OptionalArgument):
     """Two inputs, one of them nested."""
 
     def forward(self, x: Tensor, more: tuple[Tensor, Tensor]) -> Tensor:
@@ -497,7 +507,7 @@ class Fields:
     extra: Tensor
 
 
-class ReturnsDict(Optional_):
+class ReturnsDict(OptionalArgument):
     """A dict output with a list in it."""
 
     def forward(self, x: Tensor) -> dict[str, Any]:
@@ -505,7 +515,7 @@ class ReturnsDict(Optional_):
         return {"y": y, "more": [y.mean(dim=(2, 3)), y.amax(dim=(2, 3))]}
 
 
-class ReturnsPair(Optional_):
+class ReturnsPair(OptionalArgument):
     """A namedtuple output."""
 
     def forward(self, x: Tensor) -> Pair:
@@ -513,7 +523,7 @@ class ReturnsPair(Optional_):
         return Pair(y, y.relu())
 
 
-class ReturnsDataclass(Optional_):
+class ReturnsDataclass(OptionalArgument):
     """A dataclass output."""
 
     def forward(self, x: Tensor) -> Fields:
@@ -682,7 +692,9 @@ class ResidualNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(True))
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(True)
+        )
         self.conv1, self.bn1 = nn.Conv2d(8, 12, 3, 2, 1, bias=False), nn.BatchNorm2d(12)
         self.conv2, self.bn2 = nn.Conv2d(12, 12, 3, 1, 1, bias=False), nn.BatchNorm2d(12)
         self.shortcut = nn.Sequential(nn.Conv2d(8, 12, 1, 2, bias=False), nn.BatchNorm2d(12))
@@ -895,7 +907,9 @@ ZOO: dict[str, Case] = {
     "linear_no_bias": Case(
         lambda: _conv_bn(nn.Linear(5, 7, bias=False), nn.BatchNorm1d(7)), (x(16, 5),), fold=1
     ),
-    "linear_3d": Case(lambda: _conv_bn(nn.Linear(5, 7), nn.BatchNorm1d(4)), (x(2, 4, 5),), affine=1),
+    "linear_3d": Case(
+        lambda: _conv_bn(nn.Linear(5, 7), nn.BatchNorm1d(4)), (x(2, 4, 5),), affine=1
+    ),
     "linear_3d_square": Case(
         lambda: _conv_bn(nn.Linear(5, 4), nn.BatchNorm1d(4)), (x(2, 4, 5),), affine=1
     ),
@@ -929,10 +943,15 @@ ZOO: dict[str, Case] = {
     "negative_variance": _norm2(lambda: _poisoned(-1.0), refused="positive"),
     "sync": _norm2(lambda: nn.SyncBatchNorm(4)),
     "lazy": Case(
-        lazy, (C2,), refused="lazy", bug="the capture fails before the norm is judged: nothing says lazy"
+        lazy,
+        (C2,),
+        refused="lazy",
+        bug="the capture fails before the norm is judged: nothing says lazy",
     ),
     "instance_norm": _norm2(lambda: nn.InstanceNorm2d(4, track_running_stats=True)),
-    "instance_norm_affine": _norm2(lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True)),
+    "instance_norm_affine": _norm2(
+        lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+    ),
     "instance_norm_alone": _norm2(lambda: nn.InstanceNorm2d(4), refused="no BatchNorm"),
     "group_norm_alone": _norm2(lambda: nn.GroupNorm(2, 4), refused="no BatchNorm"),
     "frozen_torchvision": Case(tv_frozen, (C2,), fold=1),
@@ -1000,9 +1019,13 @@ ZOO: dict[str, Case] = {
     "after_concat": Case(AfterConcat, (C2,), affine=1),
     "after_add": Case(AfterAdd, (C2,), affine=1),
     "after_reshape": Case(AfterReshape, (C2,), affine=2),
-    "after_input": Case(lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)), (C2,), affine=1),
+    "after_input": Case(
+        lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)), (C2,), affine=1
+    ),
     "after_max_pool": Case(
-        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.BatchNorm2d(4)), (C2,), affine=1
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.BatchNorm2d(4)),
+        (C2,),
+        affine=1,
     ),
     "after_relu": Case(
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)), (C2,), affine=1
@@ -1013,7 +1036,9 @@ ZOO: dict[str, Case] = {
         affine=1,
     ),
     "after_dropout": Case(
-        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.5), nn.BatchNorm2d(4)), (C2,), affine=1
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.5), nn.BatchNorm2d(4)),
+        (C2,),
+        affine=1,
     ),
     "after_flatten": Case(
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.BatchNorm1d(64)), (C2,), affine=1
@@ -1030,31 +1055,53 @@ ZOO: dict[str, Case] = {
         affine=1,
     ),
     "before_padded_conv": Case(
-        lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1)), (C2,), affine=1
+        lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1)),
+        (C2,),
+        affine=1,
     ),
     "in_place_relu": Case(
-        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)), (C2,), fold=1
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)),
+        (C2,),
+        fold=1,
     ),
     "keyword_calls": Case(
-        KeywordNorm, (C2,), fold=1, bug="ChannelAffine names its argument x, norms name it input",
+        KeywordNorm,
+        (C2,),
+        fold=1,
+        bug="ChannelAffine names its argument x, norms name it input",
         bug_for=("frozen",),
     ),
     "unbatched": Case(
-        Unbatched, (x(3, 8),), affine=1, couples=True, bug="an unbatched conv is taken for a batched one",
+        Unbatched,
+        (x(3, 8),),
+        affine=1,
+        couples=True,
+        bug="an unbatched conv is taken for a batched one",
         bug_for=("wn", "plain"),
     ),
-    "unbatched_instance_norm": Case(UnbatchedInstance, (x(8, 8),), refused="batch", bug="channels are axis 0 there"),
+    "unbatched_instance_norm": Case(
+        UnbatchedInstance, (x(8, 8),), refused="batch", bug="channels are axis 0 there"
+    ),
     "pre_activation": Case(PreAct, (x(2, 4, 5, 5),), fold=1, affine=1),
     "root_is_norm": Case(
-        lambda: nn.BatchNorm2d(3), (C2,), refused="itself a norm", bug="the reason speaks of functional norms"
+        lambda: nn.BatchNorm2d(3),
+        (C2,),
+        refused="itself a norm",
+        bug="the reason speaks of functional norms",
     ),
     "containers": Case(Containers, (C2,), fold=3),
     "aliased_sequential": Case(AliasedSequential, (C2,), fold=1),
     "list_reference": Case(
-        ListReference, (C2,), refused="outside", bug="the list goes on holding the norm: wrong outputs"
+        ListReference,
+        (C2,),
+        refused="outside",
+        bug="the list goes on holding the norm: wrong outputs",
     ),
     "dict_reference": Case(
-        DictReference, (C2,), refused="outside", bug="the dict goes on holding the norm: wrong outputs"
+        DictReference,
+        (C2,),
+        refused="outside",
+        bug="the dict goes on holding the norm: wrong outputs",
     ),
     "bound_method": Case(BoundMethod, (C2,), refused="batch_norm"),
     "reads_norm": Case(ReadsNorm, (C2,), refused="read outside"),
@@ -1076,7 +1123,7 @@ ZOO: dict[str, Case] = {
         bug="prove: the float64 twin is fed float32 by the model itself and raises",
     ),
     "control_flow": Case(ControlFlow, (C2,), fold=1, captures=("export",)),
-    "optional_argument": Case(Optional_, (C2,), fold=1),
+    "optional_argument": Case(OptionalArgument, (C2,), fold=1),
     "keyword_input": Case(KeywordInput, (C2,), {"mask": x(2, 4, 4, 4, seed=1)}, fold=1),
     "several_inputs": Case(
         SeveralInputs, (C2, (x(2, 3, 6, 6, seed=1), x(2, 4, 4, 4, seed=2))), fold=1
@@ -1085,7 +1132,9 @@ ZOO: dict[str, Case] = {
     "returns_namedtuple": Case(ReturnsPair, (C2,), fold=1),
     "returns_dataclass": Case(ReturnsDataclass, (C2,), fold=1, captures=("fx",)),
     "auxiliary_head": Case(AuxHead, (C2,), fold=2),
-    "auxiliary_shares_conv": Case(AuxShares, (C2,), affine=2, no_grad_of=("main.scale", "main.shift")),
+    "auxiliary_shares_conv": Case(
+        AuxShares, (C2,), affine=2, no_grad_of=("main.scale", "main.shift")
+    ),
     "unreached": Case(Unreached, (C2,), refused="neither"),
     "unreached_dropped": Case(Unreached, (C2,), fold=1, drop=1, plan={"drop_unreached": True}),
     "mixed_flags": Case(mixed_flags, (C2,), fold=4),

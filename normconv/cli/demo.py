@@ -15,9 +15,9 @@ from normconv.report import jsonable
 from normconv.report.terminal import print_report, table
 
 if TYPE_CHECKING:
-    from normconv.demo import Row
+    from normconv.demo import Row, Stages
 
-__all__ = ["demo"]
+__all__ = ["demo", "show"]
 
 
 @command
@@ -47,6 +47,11 @@ def demo(
         }
         typer.echo(json.dumps(jsonable(document), indent=2))
         return
+    show(console, stages, out)
+
+
+def show(console: Console, stages: Stages, out: Path) -> None:
+    """Print what the demo did: the reports, the closing table, the command for the user's model."""
     print_report(console, stages.converted)
     print_report(console, stages.exported)
     _closing_table(console, stages.rows)

@@ -2,4 +2,5 @@
 
 from normconv.demo.digits import DigitsResNet as DigitsResNet
 from normconv.demo.run import Row as Row
+from normconv.demo.run import Stages as Stages
 from normconv.demo.run import run as run

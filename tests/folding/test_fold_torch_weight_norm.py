@@ -39,7 +39,10 @@ def old(layer: nn.Module, **options: Any) -> nn.Module:
         return nn.utils.weight_norm(layer, **options)
 
 
-APIS: dict[str, Callable[..., nn.Module]] = {"hook": old, "parametrization": parametrizations.weight_norm}
+APIS: dict[str, Callable[..., nn.Module]] = {
+    "hook": old,
+    "parametrization": parametrizations.weight_norm,
+}
 both = pytest.mark.parametrize("api", APIS)
 
 
@@ -92,7 +95,9 @@ def test_half_is_rounded_once_and_layout_kept(api: str, dtype: torch.dtype) -> N
     net = nn.Sequential(APIS[api](nn.Conv2d(3, 4, 3)))
     net = net.to(memory_format=torch.channels_last).to(dtype)
     state = dict(net.state_dict())
-    g, v = (state[key] for key in sorted(state, key=lambda k: state[k].numel()) if state[key].dim() == 4)
+    g, v = (
+        state[key] for key in sorted(state, key=lambda k: state[k].numel()) if state[key].dim() == 4
+    )
     exact = g.double() * v.double() / v.double().flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     weight = fold(net).model[0].weight
     assert weight.dtype == dtype
@@ -124,7 +129,9 @@ def test_folding_twice_is_folding_once_and_pickles(api: str) -> None:
     again, second = fold(once)
     assert dict(second.facts["folded"]) == {}
     assert len(report.sites) == 2
-    assert all(torch.equal(a, b) for a, b in zip(once.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(once.parameters(), again.parameters(), strict=True)
+    )
     twin = pickle.loads(pickle.dumps(once))
     assert torch.equal(twin(x), once(x))
     assert relative_l2(once(x), net(x)) <= 1e-6
@@ -242,7 +249,9 @@ def test_history_of_several_conversions_rebuilds() -> None:
     case = ZOO["residual_net"]
     args, _ = case.inputs()
     model = case.build()
-    first = apply_plan(model, make_plan(model, "frozen", example_inputs=args, include=["stem.*"])).model
+    first = apply_plan(
+        model, make_plan(model, "frozen", example_inputs=args, include=["stem.*"])
+    ).model
     second = apply_plan(first, make_plan(first, "wn", example_inputs=args)).model
     folded = fold(second, example_inputs=args).model
     assert [next(iter(entry)) for entry in history_of(folded)] == ["apply", "apply", "fold"]

@@ -30,7 +30,10 @@ LAYERS = {
     "conv2d": (lambda: nn.Conv2d(3, 4, 3, bias=False), (2, 3, 6, 6)),
     "conv3d": (lambda: nn.Conv3d(2, 3, 2), (2, 2, 4, 4, 4)),
     "conv_transpose1d": (lambda: nn.ConvTranspose1d(3, 4, 3, stride=2), (2, 3, 5)),
-    "conv_transpose2d": (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2, output_padding=0), (2, 4, 5, 5)),
+    "conv_transpose2d": (
+        lambda: nn.ConvTranspose2d(4, 6, 3, groups=2, output_padding=0),
+        (2, 4, 5, 5),
+    ),
     "conv_transpose3d": (lambda: nn.ConvTranspose3d(2, 2, 2, groups=2), (2, 2, 3, 3, 3)),
 }
 
@@ -59,7 +62,7 @@ def test_weight_norm_keeps_class_function_and_order(kind: str) -> None:
     assert kind_of(layer) == kind
     assert type(layer).__name__ == f"WN{plain_class.__name__}"
     assert relative_l2(layer(x), expected) <= 1e-15
-    names = [name for name in layer._parameters]
+    names = list(layer._parameters)
     assert names == ["weight_g", "weight_v", *had[1:]]
     assert "weight" not in layer.state_dict()
     repaired = fold_layer_(layer)
@@ -210,7 +213,9 @@ def test_channel_affine_is_the_map_in_every_rank_and_dtype() -> None:
     assert repr(layer) == "ChannelAffine(2, trainable=False)"
 
 
-@pytest.mark.xfail(strict=True, reason="the argument is called x; every norm of torch calls it input")
+@pytest.mark.xfail(
+    strict=True, reason="the argument is called x; every norm of torch calls it input"
+)
 def test_channel_affine_takes_its_input_by_the_name_norms_use() -> None:
     ChannelAffine(2)(input=torch.zeros(1, 2))
 

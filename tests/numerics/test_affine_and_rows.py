@@ -29,7 +29,9 @@ LAYOUTS = [
     pytest.param(RowLayout(), (4, 2, 2, 3, 2), id="conv3d"),
     pytest.param(RowLayout(transposed=True), (3, 5, 4), id="transposed 1d"),
     pytest.param(RowLayout(transposed=True, groups=2), (4, 3, 3, 2), id="transposed 2d grouped"),
-    pytest.param(RowLayout(transposed=True, groups=3), (3, 1, 2, 2, 2), id="transposed 3d depthwise"),
+    pytest.param(
+        RowLayout(transposed=True, groups=3), (3, 1, 2, 2, 2), id="transposed 3d depthwise"
+    ),
 ]
 
 
@@ -58,7 +60,9 @@ def test_norm_affine_is_eval_batch_norm(dtype: torch.dtype) -> None:
             b = 0.0 if beta is None else beta[c].item()
             sigma = math.sqrt(var[c].item() + 1e-3)
             expected[:, c] = g * (x[:, c] - mean[c].item()) / sigma + b
-        torch.testing.assert_close(x * affine.scale + affine.shift, expected, rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(
+            x * affine.scale + affine.shift, expected, rtol=1e-13, atol=1e-13
+        )
 
 
 def test_norm_affine_has_no_gradient_history() -> None:
@@ -108,7 +112,9 @@ def test_weight_norm_is_the_formula(layout: RowLayout, shape: tuple[int, ...]) -
 
 
 @pytest.mark.parametrize(("layout", "shape"), LAYOUTS)
-def test_weight_norm_has_the_gradients_of_the_formula(layout: RowLayout, shape: tuple[int, ...]) -> None:
+def test_weight_norm_has_the_gradients_of_the_formula(
+    layout: RowLayout, shape: tuple[int, ...]
+) -> None:
     v = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     g = torch.randn(layout.row_shape(v), dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda a, b: normed_weight(a, b, layout), (g, v))
@@ -166,7 +172,9 @@ def test_split_is_undone_by_true_weight(
 
 
 @pytest.mark.parametrize(("layout", "shape"), LAYOUTS)
-def test_zero_rows_are_exact_finite_and_trainable(layout: RowLayout, shape: tuple[int, ...]) -> None:
+def test_zero_rows_are_exact_finite_and_trainable(
+    layout: RowLayout, shape: tuple[int, ...]
+) -> None:
     weight = torch.randn(shape)
     keep = torch.ones(layout.channels(weight))
     keep[-1] = 0
@@ -237,7 +245,7 @@ def test_evaluating_restores_flags_and_generator() -> None:
     net = nn.Sequential(nn.Dropout(), nn.Linear(2, 2)).train()
     net[0].eval()
     state = torch.random.get_rng_state()
-    with pytest.raises(ZeroDivisionError), evaluating(net):
+    with pytest.raises(ZeroDivisionError), evaluating(net):  # noqa: PT012
         assert not any(module.training for module in net.modules())
         assert not torch.is_grad_enabled()
         first = torch.rand(1)

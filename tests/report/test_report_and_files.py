@@ -38,7 +38,9 @@ from normconv.report import Check, Report, SiteRow, jsonable, versions
         (math.inf, 1.0, False),
     ],
 )
-def test_a_check_passes_only_what_is_at_most_its_bound(measured: float, bound: float, passed: bool) -> None:
+def test_a_check_passes_only_what_is_at_most_its_bound(
+    measured: float, bound: float, passed: bool
+) -> None:
     check = Check.at_most("error", measured, bound)
     assert check.passed is passed
     assert ("is not <=" in check.describe()) is not passed
@@ -107,7 +109,9 @@ def test_atomic_path_writes_whole_with_companions(tmp_path: Path) -> None:
     assert sorted(p.name for p in target.parent.iterdir()) == ["model.onnx", "model.onnx.data"]
 
 
-def test_companions_are_there_before_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_companions_are_there_before_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     moved: list[str] = []
     real = os.replace
 
@@ -120,7 +124,8 @@ def test_companions_are_there_before_the_file(tmp_path: Path, monkeypatch: pytes
         for name in ("a", "c"):
             temporary.with_name(name).write_text(name)
         temporary.write_text("b")
-    assert moved == ["a", "c", "b"]
+    assert sorted(moved[:2]) == ["a", "c"]
+    assert moved[2:] == ["b"]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -129,7 +134,7 @@ def test_an_exception_leaves_the_old_file_and_nothing_else(
 ) -> None:
     target = tmp_path / "a.json"
     target.write_text("old")
-    with pytest.raises(error), atomic_path(target) as temporary:
+    with pytest.raises(error), atomic_path(target) as temporary:  # noqa: PT012
         temporary.write_text("half")
         temporary.with_name("companion").write_text("half")
         raise error
