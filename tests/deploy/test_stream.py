@@ -42,6 +42,7 @@ def test_what_is_read_back_is_what_the_library_would_write(tmp_path: Path, dtype
     assert not tensors
     for proto in (expected, written):
         proto.graph.ClearField("initializer")
+        proto.graph.ClearField("value_info")  # the library describes initializers twice
     assert written == expected
     # The model is left as it was, in its order.
     assert list(model.graph.initializers) == ["large", "small"]
