@@ -10,6 +10,8 @@ imports: it counts the model and all that is made of it.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import json
 import resource
 import statistics
@@ -24,21 +26,26 @@ from typing import Any
 from benchmarks.machine import machine
 
 SPEC = "torchvision:resnet50"
+_IMPORTED = (
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "torch._dynamo",
+    "torch.export",
+    "torch.onnx",
+    "torchvision",
+    "normconv.api",
+    "normconv.deploy",
+)
 
 
 def child(which: str, spec: str) -> None:
     """Do one job and print its seconds and its peak memory in MiB."""
-    import onnx  # noqa: F401  (imports are not what is measured)
-    import onnxruntime  # noqa: F401
-    import onnxscript  # noqa: F401
+    for name in _IMPORTED:  # imports are not what is measured
+        importlib.import_module(name)
     import torch
-    import torch.onnx
 
     import normconv as nc
-    import normconv.api
-    import normconv.deploy
-    import torch._dynamo  # noqa: F401
-    import torch.export  # noqa: F401
 
     torch.manual_seed(0)
     warnings.simplefilter("ignore")
@@ -62,10 +69,8 @@ def child(which: str, spec: str) -> None:
 
 def _reset_peak() -> None:
     """Forget the peak so far, where the system lets one (Linux)."""
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 def _status(name: str) -> int:

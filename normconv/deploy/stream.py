@@ -72,7 +72,8 @@ def _header(value: ir.Value) -> bytes:
 
 def _tensor_size(header: bytes, tensor: ir.TensorProtocol) -> int:
     key = _key(_TENSOR_RAW_DATA)
-    return len(header) + len(key) + len(_varint(tensor.nbytes)) + tensor.nbytes
+    size: int = len(header) + len(key) + len(_varint(tensor.nbytes)) + tensor.nbytes
+    return size
 
 
 def _write_tensor(stream: BinaryIO, header: bytes, tensor: ir.TensorProtocol) -> None:

@@ -87,9 +87,11 @@ def fold(
 
 
 def _fold_weights_(model: nn.Module) -> Iterator[SiteRow]:
+    kept = list(model.parameters())  # alive until the end, so that identities stay unique
+    done: dict[tuple[int, ...], nn.Parameter] = {}
     for name, module in list(model.named_modules()):
         if isinstance(module, Reparametrised) and isinstance(module, nn.Module):
-            yield _row(name, module, "normconv weight norm", fold_layer_(module))
+            yield _row(name, module, "normconv weight norm", fold_layer_(module, done))
         for tensor in hooked_names(module):
             yield _row(name, module, "torch weight_norm (hook)", fold_hooked_(module, tensor))
         for tensor in parametrized_names(module):
@@ -97,6 +99,7 @@ def _fold_weights_(model: nn.Module) -> Iterator[SiteRow]:
             yield _row(name, module, "torch weight_norm (parametrization)", repaired)
         if isinstance(module, nn.RNNBase):
             module.flatten_parameters()
+    del kept
 
 
 def _row(name: str, module: nn.Module, kind: str, repaired: Tensor) -> SiteRow:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from normconv.errors import CaptureError, Problem
 from normconv.graph.calls import CallGraph
 from normconv.graph.export_capture import capture_with_export
 from normconv.graph.fx_capture import capture_with_fx
 from normconv.graph.names import Names
+from normconv.layers import copy_model
 
 __all__ = ["METHODS", "capture"]
 
@@ -42,13 +44,42 @@ def capture(
     Raises:
         CaptureError: every capture failed; says how each did.
     """
+    if any(module.training for module in model.modules()):
+        # In training mode even a run on fake tensors counts up a norm's batches.
+        model = copy_model(model)
+    with _plain_tensors_kept(model):
+        return _first_that_works(model, args, kwargs or {}, methods)
+
+
+@contextmanager
+def _plain_tensors_kept(model: nn.Module) -> Iterator[None]:
+    """Put back tensors that are plain attributes (legacy weight norm's): a trace leaves fakes there."""
+    kept = [
+        (module.__dict__, name, value)
+        for module in model.modules()
+        for name, value in module.__dict__.items()
+        if isinstance(value, Tensor)
+    ]
+    try:
+        yield
+    finally:
+        for store, name, value in kept:
+            store[name] = value
+
+
+def _first_that_works(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    methods: tuple[str, ...] | None,
+) -> CallGraph:
     names = Names(model)
     failures: dict[str, str] = {}
     for name, method in METHODS:
         if methods is not None and name not in methods:
             continue
         try:
-            graph = method(model, args, kwargs or {}, names)
+            graph = method(model, args, kwargs, names)
         except (
             Exception
         ) as reason:  # the model is the user's: any exception means "try the next way"

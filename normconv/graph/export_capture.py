@@ -88,8 +88,9 @@ class _Grouping:
         for used in node.all_input_nodes:
             name = self._tensor_names.get(used.name)
             owner = self._names.owner_of_attribute(name) if name else None
-            if owner is not None and owner != own:
-                self._reads.add(owner)
+            if name is None or owner is None or own in self._names.owners_of_attribute(name):
+                continue
+            self._reads.add(owner)
 
     def _call(
         self,

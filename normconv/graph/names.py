@@ -50,6 +50,13 @@ class Names:
         """Return the modules that register this tensor; more than one means it is tied."""
         return tuple(self._owners.get(id(tensor), ()))
 
+    def owners_of_attribute(self, path: str) -> tuple[str, ...]:
+        """Return the modules that register the tensor at `path`: all of them, where it is tied."""
+        owner, _, name = path.rpartition(".")
+        module = self._by_path.get(owner)
+        tensor = None if module is None else getattr(module, name, None)
+        return self.owners(tensor) if isinstance(tensor, Tensor) else ()
+
     def owner_of_attribute(self, path: str) -> str | None:
         """Return the first name of the module whose tensor is read as `path`, e.g. ``bn.weight``."""
         owner, _, _ = path.rpartition(".")

@@ -138,6 +138,7 @@ class FunctionalNormsToModules(GraphPass):
     def rewrite(self, gm: fx.GraphModule) -> bool:
         """Replace each such call by a module call."""
         modified = False
+        taken: set[str] = set()
         for node in list(gm.graph.nodes):
             if not is_fixed_batch_norm(node):
                 continue
@@ -146,6 +147,7 @@ class FunctionalNormsToModules(GraphPass):
             norm = _module_for(gm, call.arguments)
             if norm is None:
                 continue
+            taken |= {str(n.target) for n in node.all_input_nodes if n.op == "get_attr"}
             name = _free_name(gm, "batch_norm")
             gm.add_submodule(name, norm)
             with gm.graph.inserting_before(node):
@@ -156,6 +158,7 @@ class FunctionalNormsToModules(GraphPass):
             modified = True
         if modified:
             gm.graph.eliminate_dead_code()
+            _forget_attributes(gm, taken)
         return modified
 
 
@@ -193,6 +196,16 @@ def _module_for(gm: fx.GraphModule, arguments: dict[str, Any]) -> nn.Module | No
 def _attribute(gm: fx.GraphModule, path: str) -> Tensor:
     owner, _, name = path.rpartition(".")
     return cast(Tensor, getattr(gm.get_submodule(owner), name))
+
+
+def _forget_attributes(gm: fx.GraphModule, paths: set[str]) -> None:
+    """Drop attributes that now belong to a norm module; left behind they would be trained twice."""
+    read = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
+    called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
+    for path in paths - read:
+        owner, _, name = path.rpartition(".")
+        if owner not in called:  # a called module is the user's own, shared with the traced model
+            delattr(gm.get_submodule(owner), name)
 
 
 def _free_name(gm: fx.GraphModule, stem: str) -> str:

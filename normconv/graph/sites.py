@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normconv.errors import CaptureError
 from normconv.graph.calls import Call, CallGraph
@@ -24,8 +25,8 @@ from normconv.graph.families import (
 )
 from normconv.graph.names import Names
 from normconv.graph.probe import absorbs_affine, is_affine_then_children
-from normconv.layers import Reparametrised, copy_model, kind_of, layout_of
-from normconv.numerics import evaluating
+from normconv.layers import Reparametrised, kind_of, layout_of
+from normconv.numerics import evaluating, in_training_mode
 
 __all__ = ["Site", "Survey", "judge", "survey"]
 
@@ -117,12 +118,14 @@ def _training_sites(
     missing: list[str],
     methods: tuple[str, ...] | None,
 ) -> list[Site]:
-    twin = copy_model(model).train()
     try:
-        graph = capture(twin, args, kwargs, methods=methods)
+        with in_training_mode(model):
+            graph = capture(model, args, kwargs, methods=methods)
     except CaptureError:
         graph = CallGraph((), "none")
-    found = [site for site in judge(twin, graph, "train", other=eval_graph) if site.name in missing]
+    found = [
+        site for site in judge(model, graph, "train", other=eval_graph) if site.name in missing
+    ]
     names = Names(model)
     seen = {site.name for site in found}
     for name in missing:
@@ -177,6 +180,7 @@ class _Judge:
         self._graph = graph
         self._other = other
         self._names = Names(model)
+        self._hidden = _hidden_references(model)
 
     def site(self, name: str, phase: Phase) -> Site:
         norm = self._model.get_submodule(name)
@@ -210,6 +214,11 @@ class _Judge:
     def _refusal(self, name: str, norm: nn.Module, shape: tuple[int, ...] | None) -> str:
         if name in self._graph.outside_reads:
             return "its tensors are read outside its own forward"
+        if holder := self._hidden.get(id(norm)):
+            return f"{holder} holds it outside of the registered modules"
+        unbatched = isinstance(norm, _InstanceNorm) and norm._get_no_batch_dim()
+        if unbatched and shape is not None and len(shape) == unbatched:
+            return "its input has no batch axis, its channels are axis 0"
         if not has_known_forward(norm) or trailing_of(norm):
             rank = len(shape) if shape is not None else 4
             return is_affine_then_children(norm, rank)
@@ -274,8 +283,11 @@ class _Judge:
             return (
                 f"{name} has {layout.channels(weight)} output channels, the norm {state.channels}"
             )
-        if isinstance(layer, nn.Linear) and (source.shape is None or len(source.shape) != 2):
-            seen = "unknown" if source.shape is None else f"{len(source.shape)}-D"
+        rank = None if source.shape is None else len(source.shape)
+        # A Linear takes any rank and a convolution one sample without a batch axis: the channels of
+        # the norm, axis 1, are then not the rows of the weight.
+        if rank != weight.dim() and (rank is not None or isinstance(layer, nn.Linear)):
+            seen = "unknown" if rank is None else f"{rank}-D"
             return f"the output of {name} is {seen}: the norm's channels are not its features"
         own_forward = _overrides_forward(layer)
         if own_forward:
@@ -285,6 +297,28 @@ class _Judge:
             if difference := absorbs_affine(layer, shape):
                 return f"{name} ({type(layer).__name__}): {difference}"
         return ""
+
+
+def _hidden_references(model: nn.Module) -> dict[int, str]:
+    """Modules that plain lists, tuples and dicts of some module hold: an edit would not reach those."""
+    found: dict[int, str] = {}
+
+    def look(value: Any, where: str) -> None:
+        if isinstance(value, nn.Module):
+            found.setdefault(id(value), where)
+        elif isinstance(value, Mapping):
+            for item in value.values():
+                look(item, where)
+        elif isinstance(value, (list, tuple, set)):
+            for item in value:
+                look(item, where)
+
+    inner = nn.Module().__dict__.keys()
+    for path, module in model.named_modules():
+        for name, value in module.__dict__.items():
+            if name not in inner:
+                look(value, f"{path}.{name}" if path else name)
+    return found
 
 
 def _overrides_forward(layer: nn.Module) -> bool:

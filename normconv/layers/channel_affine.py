@@ -61,10 +61,10 @@ class ChannelAffine(nn.Module):
             layer.shift.copy_(affine.shift)
         return layer
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Apply the map to (N, C, *)."""
-        shape = (1, -1) + (1,) * (x.dim() - 2)
-        return (x * self.scale.view(shape) + self.shift.view(shape)).to(x.dtype)
+        shape = (1, -1) + (1,) * (input.dim() - 2)
+        return (input * self.scale.view(shape) + self.shift.view(shape)).to(input.dtype)
 
     def extra_repr(self) -> str:
         """Say the size and whether it is trained."""

@@ -155,8 +155,15 @@ def weight_norm_(layer: Layer, factor: Tensor | None = None) -> Layer:
     return layer
 
 
-def fold_layer_(layer: nn.Module) -> Tensor:
+def fold_layer_(
+    layer: nn.Module, done: dict[tuple[int, ...], nn.Parameter] | None = None
+) -> Tensor:
     """Turn one of our reparametrised layers, in place, into its plain class.
+
+    Args:
+        layer: folded.
+        done: weights made so far, by the identities of what they were computed from: layers that
+            shared those will share the weight.
 
     Returns:
         Which rows were repaired (no direction, folded to 0), (O,) bool.
@@ -166,9 +173,12 @@ def fold_layer_(layer: nn.Module) -> Tensor:
         value, repaired = layer.true_weight()
     names = layer.computed_from
     trainable = any(getattr(layer, name).requires_grad for name in names)
+    weight = nn.Parameter(value, requires_grad=trainable)
+    if done is not None:
+        weight = done.setdefault(tuple(id(getattr(layer, name)) for name in names), weight)
     module: Any = layer
     module.__class__ = layer.plain_class
-    _exchange(module, names, {"weight": nn.Parameter(value, requires_grad=trainable)})
+    _exchange(module, names, {"weight": weight})
     return repaired
 
 

@@ -7,6 +7,7 @@ from normconv.numerics.error import noise_bound as noise_bound
 from normconv.numerics.error import relative_l2 as relative_l2
 from normconv.numerics.memory import give_back_memory as give_back_memory
 from normconv.numerics.modes import evaluating as evaluating
+from normconv.numerics.modes import in_training_mode as in_training_mode
 from normconv.numerics.rows import RowLayout as RowLayout
 from normconv.numerics.rows import row_norms as row_norms
 from normconv.numerics.rows import scale_rows as scale_rows

@@ -77,7 +77,8 @@ def row_norms(weight: Tensor, layout: RowLayout) -> Tensor:
         return norms
     split = layout.split(weight)
     axes = [1, *range(3, split.dim())]
-    return torch.linalg.vector_norm(split, dim=axes).flatten()
+    found: Tensor = torch.linalg.vector_norm(split, dim=axes)
+    return found.flatten()
 
 
 def scale_rows(weight: Tensor, factor: Tensor, layout: RowLayout) -> Tensor:

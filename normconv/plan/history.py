@@ -33,10 +33,9 @@ def record(model: object, entry: dict[str, Any]) -> None:
     text = json.dumps([*history_of(model), entry])
     meta = _graph_meta(model)
     if meta is not _NO_META:
-        # A GraphModule's deepcopy keeps `meta` and forgets attributes.
+        # A GraphModule's deepcopy keeps `meta` and forgets attributes; its pickle does the reverse.
         meta[ATTRIBUTE] = text
-    else:
-        model.__dict__[ATTRIBUTE] = text
+    model.__dict__[ATTRIBUTE] = text
 
 
 _NO_META: dict[str, Any] = {}

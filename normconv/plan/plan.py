@@ -145,9 +145,12 @@ class Plan:
                 )
             )
         problems: list[Problem] = []
+        entries = document.get("steps", [])
+        if not isinstance(entries, list) or not all(isinstance(e, Mapping) for e in entries):
+            raise UsageError(Problem("plan", "its steps are not a list of objects"))
         steps = [
             _read(Step, "step " + str(entry.get("site", number)), entry, problems)
-            for number, entry in enumerate(document.get("steps", []))
+            for number, entry in enumerate(entries)
         ]
         own = {name: value for name, value in document.items() if name not in ("schema", "steps")}
         plan = _read(cls, "plan", {**own, "steps": ()}, problems)
@@ -197,13 +200,31 @@ class Plan:
 def _without_defaults(step: Step) -> dict[str, Any]:
     """Leave out what is at its default: the file is for people to read and edit."""
     values = asdict(step)
-    required = {"site", "norm", "target", "action", "channels"}
-    empty: tuple[Any, ...] = ((), {}, "", None)
-    return {
-        name: value
-        for name, value in values.items()
-        if name in required or (value not in empty and (name, value) != ("phase", "eval"))
-    }
+    defaults = {entry.name: entry.default for entry in fields(step)} | {"options": {}}
+    return {name: value for name, value in values.items() if value != defaults[name]}
+
+
+# What stands in each field: a type, a tuple of one type, or one of some words.
+_SHAPES: dict[str, Any] = {
+    **dict.fromkeys(("site", "norm", "target", "action", "op", "fidelity", "reason", "model"), str),
+    **dict.fromkeys(("fingerprint", "capture"), str),
+    **dict.fromkeys(("producers", "aliases", "targets", "notes"), (str,)),
+    "steps": (object,),
+    "channels": int,
+    "shape": (int,),
+    "options": dict,
+    "phase": ("eval", "train", "none"),
+}
+
+
+def _fits(value: Any, shape: Any) -> bool:
+    if isinstance(shape, type):
+        return isinstance(value, shape)
+    if len(shape) == 1:
+        return value is None or (
+            isinstance(value, tuple) and all(isinstance(item, shape[0]) for item in value)
+        )
+    return value in shape
 
 
 def _read(kind: Any, where: str, entry: Mapping[str, Any], problems: list[Problem]) -> Any:
@@ -215,6 +236,12 @@ def _read(kind: Any, where: str, entry: Mapping[str, Any], problems: list[Proble
     values = {
         name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()
     }
+    wrong = [
+        f"{name} is {value!r}" for name, value in values.items() if not _fits(value, _SHAPES[name])
+    ]
+    if wrong:
+        problems.append(Problem(where, "; ".join(wrong), "see docs/plans.md"))
+        return None
     try:
         return kind(**values)
     except TypeError as error:

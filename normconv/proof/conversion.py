@@ -6,7 +6,7 @@ times the larger of the dtype's eps and the original's own error in that dtype.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -73,18 +73,18 @@ def prove(
     dtype = coarsest_dtype(original)
     eval_steps = [step for step in steps if step.phase == "eval"]
     train_steps = [step for step in steps if step.phase == "train"]
-    three = _three_runs(original, candidate, eval_steps, inputs, dtype, training=False)
-    first = three.reference if dtype == torch.float64 else three.own
+    runs = _runs(original, candidate, eval_steps, inputs, dtype, training=False)
+    first = runs.reference if dtype == torch.float64 else runs.own[0]
     checks = [_repeats(original, inputs, first.outputs)]
-    checks += _output_checks(three, dtype)
-    rows = {step.site: _site_row(step, three, dtype) for step in eval_steps}
+    outputs, rows = _judged(runs, eval_steps, dtype)
+    checks += outputs
     if train_steps:
-        trained = _three_runs(original, candidate, train_steps, inputs, dtype, training=True)
-        rows |= {step.site: _site_row(step, trained, dtype) for step in train_steps}
+        in_training = _runs(original, candidate, train_steps, inputs, dtype, training=True)
+        rows |= _judged(in_training, train_steps, dtype)[1]
     ordered = tuple(rows.get(step.site, step.row()) for step in steps)
     if steps:
         checks += _site_checks(ordered)
-    sight, notes = _sight(three.reference.outputs)
+    sight, notes = _sight(runs.reference.outputs)
     facts = {
         "dtype": str(dtype).removeprefix("torch."),
         "sight": sight,
@@ -100,15 +100,20 @@ def coarsest_dtype(model: nn.Module) -> torch.dtype:
 
 
 @dataclass
-class _ThreeRuns:
-    """The original in float64, the original as it is, the candidate as it is."""
+class _Runs:
+    """The original in float64, the original as it is, the candidate as it is.
+
+    `own` may hold several runs of the original: the worst of their errors is its own error. `again`
+    runs it once more, on inputs moved by one ulp.
+    """
 
     reference: _Run
-    own: _Run
+    own: list[_Run]
     candidate: _Run
+    again: Callable[[], _Run]
 
 
-def _three_runs(
+def _runs(
     original: nn.Module,
     candidate: nn.Module,
     steps: Sequence[Step],
@@ -116,17 +121,40 @@ def _three_runs(
     dtype: torch.dtype,
     *,
     training: bool,
-) -> _ThreeRuns:
+) -> _Runs:
     names = {step.site: (step.site,) for step in steps}
     places = {step.site: _place(candidate, step) for step in steps}
+
+    def again() -> _Run:
+        return _run(original, _one_ulp_up(inputs), names, training)
+
     if dtype == torch.float64:
-        reference = _run(original, inputs, names, training)
-        own = _run(original, _one_ulp_up(inputs), names, training)
+        reference, own = _run(original, inputs, names, training), again()
     else:
         own = _run(original, inputs, names, training)
         wide = cast_inputs(inputs, torch.float64)
         reference = run_in(original, torch.float64, lambda m: _run(m, wide, names, training))
-    return _ThreeRuns(reference, own, _run(candidate, inputs, places, training))
+    return _Runs(reference, [own], _run(candidate, inputs, places, training), again)
+
+
+def _judged(
+    runs: _Runs, steps: Sequence[Step], dtype: torch.dtype
+) -> tuple[list[Check], dict[str, SiteRow]]:
+    """Compare outputs and sites; on a miss once more with a second look at the original's own error.
+
+    On few numbers the original's rounding error can be small by luck. Its response to a change of the
+    input by one ulp is rounding as well, and is asked for only then.
+    """
+    checks = _output_checks(runs, dtype)
+    rows = {step.site: _site_row(step, runs, dtype) for step in steps}
+    if all(check.passed for check in checks) and not any(_missed(row) for row in rows.values()):
+        return checks, rows
+    runs.own.append(runs.again())
+    return _output_checks(runs, dtype), {step.site: _site_row(step, runs, dtype) for step in steps}
+
+
+def _missed(row: SiteRow) -> bool:
+    return row.error is None or row.bound is None or not row.error <= row.bound
 
 
 def _place(candidate: nn.Module, step: Step) -> tuple[str, ...]:
@@ -200,7 +228,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)))
 
 
-def _output_checks(runs: _ThreeRuns, dtype: torch.dtype) -> list[Check]:
+def _output_checks(runs: _Runs, dtype: torch.dtype) -> list[Check]:
     expected, got = runs.reference.outputs, runs.candidate.outputs
     if not expected:
         return [
@@ -211,7 +239,7 @@ def _output_checks(runs: _ThreeRuns, dtype: torch.dtype) -> list[Check]:
         return [Check("outputs", False, detail=detail)]
     checks = []
     for name, reference in expected.items():
-        own = relative_l2(runs.own.outputs[name], reference)
+        own = max(relative_l2(run.outputs[name], reference) for run in runs.own)
         if got[name].shape != reference.shape:
             shapes = f"{tuple(got[name].shape)} instead of {tuple(reference.shape)}"
             checks.append(Check(name, False, detail=f"shape {shapes}"))
@@ -222,17 +250,18 @@ def _output_checks(runs: _ThreeRuns, dtype: torch.dtype) -> list[Check]:
     return checks
 
 
-def _site_row(step: Step, runs: _ThreeRuns, dtype: torch.dtype) -> SiteRow:
+def _site_row(step: Step, runs: _Runs, dtype: torch.dtype) -> SiteRow:
     """Compare a site at its own output; the worst of its calls counts."""
-    calls = [run.sites.get(step.site, []) for run in (runs.reference, runs.own, runs.candidate)]
+    every = (runs.reference, runs.candidate, *runs.own)
+    calls = [run.sites.get(step.site, []) for run in every]
     if len({len(outputs) for outputs in calls}) != 1 or not calls[0]:
         return replace(step.row(), error=float("nan"), bound=float("nan"))
     error = bound = 0.0
-    for reference, own, candidate in zip(*calls, strict=True):
+    for reference, candidate, *owns in zip(*calls, strict=True):
         if reference.shape != candidate.shape:
             return replace(step.row(), error=float("nan"), bound=float("nan"))
         this = relative_l2(candidate, reference)
-        this_bound = noise_bound(dtype, relative_l2(own, reference))
+        this_bound = noise_bound(dtype, max(relative_l2(own, reference) for own in owns))
         if not this * bound <= error * this_bound or not bound:
             error, bound = this, this_bound
     return replace(step.row(), error=error, bound=bound)
@@ -240,7 +269,7 @@ def _site_row(step: Step, runs: _ThreeRuns, dtype: torch.dtype) -> SiteRow:
 
 def _site_checks(rows: tuple[SiteRow, ...]) -> list[Check]:
     measured = [row for row in rows if row.error is not None and row.bound is not None]
-    failed = [row for row in measured if not row.error <= row.bound]  # type: ignore[operator]
+    failed = [row for row in measured if _missed(row)]
     if failed:
         return [
             Check.at_most(f"site {row.site}", row.error, row.bound, row.action)  # type: ignore[arg-type]

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from normconv.graph import NormState, is_norm, norm_state
 from normconv.numerics import evaluating, noise_bound, relative_l2
-from normconv.proof.outputs import evaluate
 from normconv.proof.conversion import branches_training, coarsest_dtype
+from normconv.proof.outputs import evaluate
 
 __all__ = ["blind_sites", "randomise_norms_"]
 

@@ -58,10 +58,15 @@ class _Swap:
     def _is_narrow(self, tensor: Tensor | None) -> bool:
         return tensor is not None and tensor.is_floating_point() and tensor.dtype != self._dtype
 
-    def widen(self, module: nn.Module, args: Any) -> None:
+    def widen(self, module: nn.Module, args: Any) -> Any:
         self._depth[module] += 1
+        # A model that casts inside (`x.float() / 255`) feeds its own dtype: it is exact in a wider one.
+        args = tuple(
+            a.to(self._dtype) if isinstance(a, Tensor) and a.is_floating_point() else a
+            for a in args
+        )
         if self._depth[module] > 1:
-            return
+            return args
         kept = self._kept.setdefault(module, [])
         for store in _stores(module):
             for name, tensor in store.items():
@@ -69,6 +74,7 @@ class _Swap:
                     kept.append((store, name, tensor))
                     wide = tensor.detach().to(self._dtype)
                     store[name] = nn.Parameter(wide, False) if store is module._parameters else wide
+        return args
 
     def restore(self, module: nn.Module, args: Any, output: Any) -> None:
         self._depth[module] -= 1

@@ -9,7 +9,7 @@ from torch import fx, nn
 from normconv.errors import PlanError, Problem
 from normconv.graph.passes import DropIdentities
 from normconv.graph.rewrite import empty_slot_
-from normconv.layers import copy_model
+from normconv.layers import copy_model, layout_of
 from normconv.plan import Plan, Step, record
 from normconv.report import Report
 from normconv.surgery.identity import fingerprint
@@ -99,8 +99,21 @@ def _check_fit(model: nn.Module, plan: Plan) -> None:
         raise PlanError(problems)
 
 
+def _producer_problem(model: nn.Module, step: Step, name: str) -> Problem | None:
+    """What keeps a layer that a plan names from absorbing the norm, whatever feeds what."""
+    layer = model.get_submodule(name)
+    layout, weight = layout_of(layer), layer._parameters.get("weight")
+    if layout is None or weight is None:
+        what = f"it is a {type(layer).__name__} and cannot absorb {step.site}"
+        return Problem(name, what, "use action 'affine'")
+    if layout.channels(weight) != step.channels:
+        what = f"it has {layout.channels(weight)} output channels, {step.site} {step.channels}"
+        return Problem(name, what, "use action 'affine'")
+    return None
+
+
 def _step_problems(model: nn.Module, step: Step) -> list[Problem]:
-    problems = []
+    problems: list[Problem | None] = []
     for name in (step.site, *step.aliases, *step.producers):
         try:
             model.get_submodule(name)
@@ -111,10 +124,17 @@ def _step_problems(model: nn.Module, step: Step) -> list[Problem]:
             Problem(step.site, "the plan folds it into no layer", "use action 'affine'")
         )
     if problems:
-        return problems
+        return [problem for problem in problems if problem is not None]
+    if step.action not in ("keep", "drop"):
+        able = make_target(step.target, step.options).actions
+        if step.action not in able:
+            what = f"target {step.target} cannot do '{step.action}'"
+            problems.append(Problem(step.site, what, f"use one of {list(able)}"))
+    if step.action == "fold":
+        problems += [_producer_problem(model, step, name) for name in step.producers]
     found = type(model.get_submodule(step.site)).__name__
     if found != step.norm:
         problems.append(
             Problem(step.site, f"the plan expects a {step.norm}, the model has a {found}")
         )
-    return problems
+    return [problem for problem in problems if problem is not None]

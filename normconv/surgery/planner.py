@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from normconv.errors import PlanError, Problem
-from normconv.graph import Site, Survey, survey
+from normconv.graph import Site, Survey, is_norm, survey
 from normconv.plan import KEEP, Plan, Recipe, Rule, Step
 from normconv.surgery.identity import fingerprint
 from normconv.surgery.wrappers import refuse_wrapped
@@ -58,6 +59,23 @@ def make_plan(
         if rule.to != KEEP:
             make_target(rule.to, rule.options)  # a wrong name or option is told before any work
     refuse_wrapped(model)
+    lazy = [
+        Problem(
+            name,
+            f"{type(module).__name__} is lazy and has no parameters yet",
+            "call the model once first",
+        )
+        for name, module in model.named_modules()
+        if any(is_lazy(t) for s in (module._parameters, module._buffers) for t in s.values())
+    ]
+    if lazy:
+        raise PlanError(lazy)
+    if is_norm(model):
+        raise PlanError(
+            Problem(
+                type(model).__name__, "the model is itself a norm", "wrap it: nn.Sequential(model)"
+            )
+        )
     found = survey(model, example_inputs, example_kwargs)
     if not found.sites and not found.functional_norms:
         raise PlanError(

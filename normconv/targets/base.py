@@ -31,10 +31,14 @@ class Decision:
 
 
 class Target(Protocol):
-    """One target. Its fields are its options, validated when it is made."""
+    """One target. Its fields are its options, validated when it is made.
+
+    `actions` are those its `edit` can do, for plans that were edited by hand.
+    """
 
     name: ClassVar[str]
     fidelity: ClassVar[str]
+    actions: ClassVar[tuple[Action, ...]]
     promise: ClassVar[str]
 
     def decide(self, site: Site) -> Decision | Problem:

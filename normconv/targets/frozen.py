@@ -10,7 +10,7 @@ from torch import nn
 from normconv.errors import Problem
 from normconv.graph import Site
 from normconv.graph.rewrite import affine_norm_
-from normconv.plan import Step
+from normconv.plan import Action, Step
 from normconv.targets.base import Decision
 from normconv.targets.exact import refusal
 
@@ -29,6 +29,7 @@ class Frozen:
 
     name: ClassVar[str] = "frozen"
     fidelity: ClassVar[str] = "exact"
+    actions: ClassVar[tuple[Action, ...]] = ("frozen",)
     promise: ClassVar[str] = "same eval function, now in train mode too; weights untouched"
 
     def decide(self, site: Site) -> Decision | Problem:

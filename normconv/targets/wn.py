@@ -10,7 +10,7 @@ from torch import nn
 from normconv.errors import Problem
 from normconv.graph import Site
 from normconv.graph.rewrite import absorb_norm_, affine_norm_
-from normconv.plan import Step
+from normconv.plan import Action, Step
 from normconv.targets.base import Decision
 from normconv.targets.exact import decide_exact
 
@@ -26,6 +26,7 @@ class WeightNorm:
 
     name: ClassVar[str] = "wn"
     fidelity: ClassVar[str] = "exact"
+    actions: ClassVar[tuple[Action, ...]] = ("fold", "affine")
     promise: ClassVar[str] = "same eval function; trains through g and v; folds to plain weights"
 
     def decide(self, site: Site) -> Decision | Problem:

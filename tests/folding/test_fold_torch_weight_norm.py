@@ -204,7 +204,6 @@ def test_shared_modules_are_folded_once_and_stay_shared() -> None:
     assert len(report.sites) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="fold makes one weight a layer: tied layers come apart")
 def test_tied_g_and_v_stay_tied_after_folding() -> None:
     first, second = weight_norm_(nn.Linear(3, 3)), weight_norm_(nn.Linear(3, 3))
     second.weight_g, second.weight_v = first.weight_g, first.weight_v

@@ -212,10 +212,7 @@ def test_a_survey_computes_nothing() -> None:
 @pytest.mark.parametrize(
     "method",
     [
-        pytest.param(
-            "fx",
-            marks=pytest.mark.xfail(strict=True, reason="num_batches_tracked counts in train mode"),
-        ),
+        "fx",
         "export",
     ],
 )

@@ -213,9 +213,6 @@ def test_channel_affine_is_the_map_in_every_rank_and_dtype() -> None:
     assert repr(layer) == "ChannelAffine(2, trainable=False)"
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the argument is called x; every norm of torch calls it input"
-)
 def test_channel_affine_takes_its_input_by_the_name_norms_use() -> None:
     ChannelAffine(2)(input=torch.zeros(1, 2))
 
