@@ -87,6 +87,7 @@ def convert(
         )
     result = apply_plan(base, plan)
     del base
+    give_back_memory(cycles=True)  # the trace, which holds the original
     result = prove_conversion(model, result, plan, args, kwargs, origin=origin)
     give_back_memory()
     return result

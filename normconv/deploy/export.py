@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import torch
 from torch import nn
 
@@ -89,9 +90,9 @@ def export_onnx(
         report = _described(model, path, args, kwargs, program)
         batch_norms, dynamic = program.batch_norms, program.dynamic
         # The graph shares the folded weights: with it goes the folded copy.
-        _release_weights(program)
+        _release_weights(program.model)
         del program
-        give_back_memory()
+        give_back_memory(cycles=True)
         clock.lap("write")
         report = _with_graph(report, written, batch_norms)
         give_back_memory()
@@ -157,9 +158,9 @@ def _program(
     return program
 
 
-def _release_weights(program: Program) -> None:
-    """Let go of a written graph's weights: the rewriter's rules keep the last graph they saw alive."""
-    for value in program.model.graph.initializers.values():
+def _release_weights(graph: ir.Model) -> None:
+    """Let go of a graph's weights: the rewriter's rules keep the last graph they saw, and it is a cycle."""
+    for value in graph.graph.initializers.values():
         value.const_value = None
 
 
@@ -238,6 +239,7 @@ def _with_graph(report: Report, path: Path, batch_norms: int) -> Report:
         "dynamic_axes": onnx_graph.dynamic_axes(graph),
     }
     # The checker reads the file itself: what was read here goes first.
+    _release_weights(graph)
     del proto, graph
     give_back_memory()
     return report.extended(checks=(*checks, _checker(path)), facts=facts, notes=notes)

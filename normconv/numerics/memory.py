@@ -11,14 +11,18 @@ from collections.abc import Callable
 __all__ = ["give_back_memory"]
 
 
-def give_back_memory() -> None:
-    """Collect cycles and hand freed memory back to the system.
+def give_back_memory(*, cycles: bool = False) -> None:
+    """Hand freed memory back to the system.
 
-    A traced model is a cycle that holds its weights, and the C allocator of Linux keeps what is freed
-    in pieces of a few megabytes, which weights are: without this the peaks of stages that follow
-    each other add up.
+    The C allocator of Linux keeps what is freed in pieces of a few megabytes, which weights are:
+    without this the peaks of stages that follow each other add up.
+
+    Args:
+        cycles: collect garbage first. A traced model is a cycle that holds its weights; a collection
+            takes a fifth of a second with torch loaded.
     """
-    gc.collect()
+    if cycles:
+        gc.collect()
     _trim()()
 
 
