@@ -159,7 +159,7 @@ def _program(
 
 
 def _release_weights(graph: ir.Model) -> None:
-    """Let go of a graph's weights: the rewriter's rules keep the last graph they saw, and it is a cycle."""
+    """Let go of a graph's weights: it is a cycle, and the rewriter's rules keep the last one they saw."""
     for value in graph.graph.initializers.values():
         value.const_value = None
 
