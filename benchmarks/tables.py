@@ -6,7 +6,6 @@ python -m benchmarks.tables
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +78,11 @@ def main() -> None:
         "pretrained": pretrained(),
         "cost": cost(),
     }.items():
-        body = "\n".join(rows)
-        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
-        text, found = re.subn(pattern, lambda m, b=body: m[1] + b + m[2], text, flags=re.DOTALL)
+        start, end = f"<!-- {name} -->\n", "\n<!-- end -->"
+        before, found, rest = text.partition(start)
         if not found:
             raise SystemExit(f"{page.name} has no marker for {name}")
+        text = before + start + "\n".join(rows) + end + rest.partition(end)[2]
     page.write_text(text)
 
 

@@ -13,6 +13,7 @@ from normconv.cli.common import (
     Key,
     ModelArg,
     ModelSpec,
+    Opened,
     Out,
     RandomWeights,
     Source,
@@ -23,7 +24,7 @@ from normconv.cli.common import (
     out_path,
     stage,
 )
-from normconv.errors import CheckFailed
+from normconv.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -98,8 +99,11 @@ def verify(
     input_: Input = None,
     as_json: Json = False,
 ) -> None:
-    """Compare two models on the same inputs: what the second computes against the first."""
-    opened = open_model(
+    """Compare two models on the same inputs: what the second computes against the first.
+
+    Either may be a model, an .onnx or a .pt2 file. A file as the reference needs --input.
+    """
+    opened = _reference(
         reference,
         model=model,
         model_arg=model_arg,
@@ -113,7 +117,7 @@ def verify(
         from normconv.deploy import verify as verify_models
 
         report = verify_models(
-            opened.model,
+            Path(reference) if _is_program(reference) else opened.model,
             _candidate(candidate, model, model_arg, key, trust),
             (opened.inputs.args, opened.inputs.kwargs),
             provider=provider,
@@ -125,6 +129,25 @@ def verify(
     emit(report, as_json=as_json)
 
 
+def _is_program(path: str) -> bool:
+    return Path(path).suffix.lower() in (".onnx", ".pt2")
+
+
+def _reference(reference: str, **options: Any) -> Opened:
+    """Open the reference; one that is no module stands in the report by its file."""
+    if not _is_program(reference):
+        return open_model(reference, **options)
+    if options["input_"] is None:
+        raise UsageError(f"{reference} does not say its inputs here: pass --input 2x3x224x224")
+    from torch import nn
+
+    from normconv.sources import Loaded, example_inputs
+
+    nothing = nn.Identity()
+    inputs = example_inputs(nothing, options["input_"], source=reference)
+    return Opened(Loaded(nothing, {"source": reference}, ()), inputs, reference)
+
+
 def _candidate(
     candidate: str,
     model: str | None,
@@ -132,7 +155,7 @@ def _candidate(
     key: str | None,
     trust: list[str] | None,
 ) -> nn.Module | Path:
-    if Path(candidate).suffix.lower() in (".onnx", ".pt2"):
+    if _is_program(candidate):
         return Path(candidate)
     from normconv.sources import load, parse_model_args
 

@@ -25,6 +25,7 @@ from normconv.sources import save
 __all__ = ["Row", "Stages", "run", "steps_of"]
 
 _ROUNDS = 15
+_PAUSE = 0.02  # seconds
 
 
 @dataclass(frozen=True)
@@ -149,12 +150,17 @@ def _norms(model: nn.Module) -> int:
 
 
 def _interleaved(computes: list[Callable[[Tensor], Tensor]], images: Tensor) -> list[float]:
-    """Time one batch in turn, so that the machine's mood falls on all alike; medians in ms."""
+    """Time one batch in turn, so that the machine's mood falls on all alike; medians in ms.
+
+    Threads of one runtime go on spinning for a while when its turn is over: the pause and the call
+    that is not counted keep that off the next one.
+    """
     seconds: list[list[float]] = [[] for _ in computes]
-    for round_ in range(_ROUNDS + 2):
-        for index, compute in enumerate(computes):
+    for _ in range(_ROUNDS):
+        for compute, measured in zip(computes, seconds, strict=True):
+            time.sleep(_PAUSE)
+            compute(images)
             start = time.perf_counter()
             compute(images)
-            if round_ >= 2:  # the first rounds warm up
-                seconds[index].append(time.perf_counter() - start)
+            measured.append(time.perf_counter() - start)
     return [1e3 * statistics.median(values) for values in seconds]

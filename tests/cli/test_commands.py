@@ -142,6 +142,14 @@ def test_export_and_verify(digits: Path, tmp_path: Path) -> None:
     invoke("export", digits, "-o", file, "--opset", "21", code=2)
 
 
+def test_verify_takes_a_file_as_the_reference(digits: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "a.onnx", tmp_path / "b.onnx"
+    invoke("export", digits, "-o", first, "--input", "2x1x8x8")
+    invoke("convert", digits, "--onnx", second, "--input", "2x1x8x8")
+    assert invoke_json("verify", first, second, "--input", "3x1x8x8")["passed"]
+    invoke("verify", first, second, code=2)
+
+
 def test_verify_fails_on_another_model(digits: Path, tmp_path: Path) -> None:
     other = nc.load(digits)
     with torch.no_grad():
