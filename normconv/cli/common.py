@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -25,20 +26,15 @@ if TYPE_CHECKING:
     from normconv.sources import Inputs, Loaded
 
 __all__ = [
-    "Input",
     "Json",
-    "Key",
-    "ModelArg",
-    "ModelSpec",
     "Opened",
     "Out",
-    "RandomWeights",
-    "Source",
-    "Trust",
+    "SourceOptions",
     "command",
     "emit",
-    "open_model",
+    "options_from",
     "out_path",
+    "report_path",
     "reporting",
     "save_or_reject",
     "stage",
@@ -78,23 +74,6 @@ Input = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option("-o", "--out", help="The file to write.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
-
-Command = TypeVar("Command", bound=Callable[..., None])
-
-
-def command(function: Command) -> Command:
-    """Turn normconv's errors into a message and the exit code they stand for."""
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> None:
-        as_json = bool(kwargs.get("as_json"))
-        try:
-            function(*args, **kwargs)
-        except NormconvError as error:
-            _print_failure(error, as_json)
-            raise typer.Exit(error.exit_code) from None
-
-    return run  # type: ignore[return-value]
 
 
 def _print_failure(error: NormconvError, as_json: bool) -> None:
@@ -155,39 +134,93 @@ class Opened:
     def describe(self, report: Report) -> Report:
         """Put where model and inputs come from at the head of a report."""
         facts = {**self.loaded.facts, "example inputs": self.inputs.origin}
-        return Report(
-            **{
-                **report.__dict__,
-                "facts": {**facts, **{k: v for k, v in report.facts.items() if k not in facts}},
-                "notes": self.loaded.notes + report.notes,
-            }
-        )
+        rest = {name: value for name, value in report.facts.items() if name not in facts}
+        notes = self.loaded.notes + report.notes
+        return replace(report, facts={**facts, **rest}, notes=notes)
 
 
-def open_model(
-    source: str,
-    *,
-    model: str | None,
-    model_arg: list[str] | None,
-    key: str | None,
-    trust: list[str] | None,
-    random_weights: bool,
-    input_: str | None,
-    as_json: bool,
-) -> Opened:
-    """Load a model and its example inputs as the shared options say."""
-    with stage(f"load {source}", as_json=as_json):
-        from normconv.sources import example_inputs, open_source, parse_model_args
+@dataclass(frozen=True)
+class SourceOptions:
+    """The options that say which model is meant and what to run it on.
 
-        loaded = open_source(
-            source,
-            model=model,
-            model_args=parse_model_args(model_arg or []),
-            key=key,
-            trust=tuple(trust or ()),
-            random_weights=random_weights,
-        )
-        return Opened(loaded, example_inputs(loaded.model, input_, source=source), source)
+    Args:
+        source: a file or a spec.
+        model: the model a checkpoint is for.
+        model_arg: its arguments, NAME=VALUE each.
+        key: where in the checkpoint the weights are.
+        trust: what the file may name besides libraries.
+        random_weights: take a named model as it is initialised.
+        input_: the example input as it was given.
+        as_json: nothing but JSON is wanted.
+    """
+
+    source: Source
+    model: ModelSpec = None
+    model_arg: ModelArg = None
+    key: Key = None
+    trust: Trust = None
+    random_weights: RandomWeights = False
+    input_: Input = None
+    as_json: Json = False
+
+    def open(self) -> Opened:
+        """Load the model and find its example inputs."""
+        with stage(f"load {self.source}", as_json=self.as_json):
+            from normconv.sources import example_inputs, open_source
+
+            loaded = open_source(
+                self.source,
+                **self.checkpoint,
+                trust=tuple(self.trust or ()),
+                random_weights=self.random_weights,
+            )
+            inputs = example_inputs(loaded.model, self.input_, source=self.source)
+            return Opened(loaded, inputs, self.source)
+
+    @property
+    def checkpoint(self) -> dict[str, Any]:
+        """What says how a file of weights is read."""
+        from normconv.sources import parse_model_args
+
+        arguments = parse_model_args(self.model_arg or [])
+        return {"model": self.model, "model_args": arguments, "key": self.key}
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Make a command of a function; a parameter that is a dataclass stands for its fields.
+
+    So commands share groups of options without repeating them. normconv's errors become a message
+    and the exit code they stand for.
+    """
+    own = inspect.signature(function, eval_str=True).parameters
+    groups: dict[str, Callable[..., Any]] = {
+        name: parameter.annotation
+        for name, parameter in own.items()
+        if hasattr(parameter.annotation, "__dataclass_fields__")
+    }
+    fields_of = {
+        n: inspect.signature(group, eval_str=True).parameters for n, group in groups.items()
+    }
+
+    @functools.wraps(function)
+    def run(**given: Any) -> None:
+        as_json = bool(given.get("as_json"))
+        for name, group in groups.items():
+            given[name] = group(**{field: given.pop(field) for field in fields_of[name]})
+        try:
+            function(**given)
+        except NormconvError as error:
+            _print_failure(error, as_json)
+            raise typer.Exit(error.exit_code) from None
+
+    every = [p for n, p in own.items() for p in fields_of.get(n, {n: p}).values()]
+    # A parameter without a default is an argument, and those come first.
+    parameters = sorted(every, key=lambda parameter: parameter.default is not parameter.empty)
+    # typer reads the signature, or, in older versions, the annotations.
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    del run.__wrapped__
+    return run
 
 
 def out_path(source: str, suffix: str, out: Path | None) -> Path:

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from normconv.cli.common import (
-    Input,
-    Json,
-    Key,
-    ModelArg,
-    ModelSpec,
     Opened,
     Out,
-    RandomWeights,
-    Source,
-    Trust,
+    SourceOptions,
     command,
     emit,
-    open_model,
     options_from,
     out_path,
     report_path,
@@ -33,101 +25,100 @@ from normconv.errors import UsageError
 from normconv.report import Report
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from normconv.plan import Plan
 
 __all__ = ["convert", "plan"]
 
-To = Annotated[
-    str | None,
-    typer.Option("--to", help="The target: wn, plain or frozen.", show_default="wn"),
-]
-Include = Annotated[
-    list[str] | None,
-    typer.Option("--include", metavar="GLOB", help="Only these sites; repeatable."),
-]
-Exclude = Annotated[
-    list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Not these sites; repeatable.")
-]
-TargetOption = Annotated[
-    list[str] | None,
-    typer.Option("--option", metavar="NAME=VALUE", help="An option of the target; repeatable."),
-]
-Strict = Annotated[
-    bool, typer.Option("--strict/--no-strict", help="Refuse when a norm would have to stay.")
-]
-DropUnreached = Annotated[
-    bool, typer.Option("--drop-unreached", help="Empty the slots of norms that nothing calls.")
-]
+
+@dataclass(frozen=True)
+class RecipeOptions:
+    """The options that say what becomes of which site.
+
+    Args:
+        to: the target.
+        include: globs of sites to convert.
+        exclude: globs of sites to keep.
+        option: the target's options, NAME=VALUE each.
+        strict: refuse when a norm would have to stay.
+        drop_unreached: empty the slots of norms that nothing calls.
+    """
+
+    to: Annotated[
+        str | None,
+        typer.Option("--to", help="The target: wn, plain or frozen.", show_default="wn"),
+    ] = None
+    include: Annotated[
+        list[str] | None,
+        typer.Option("--include", metavar="GLOB", help="Only these sites; repeatable."),
+    ] = None
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option("--exclude", metavar="GLOB", help="Not these sites; repeatable."),
+    ] = None
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", metavar="NAME=VALUE", help="An option of the target; repeatable."),
+    ] = None
+    strict: Annotated[
+        bool,
+        typer.Option("--strict/--no-strict", help="Refuse when a norm would have to stay."),
+    ] = True
+    drop_unreached: Annotated[
+        bool, typer.Option("--drop-unreached", help="Empty the slots of norms that nothing calls.")
+    ] = False
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """The same as `make_plan` and `convert` take it."""
+        return {
+            "include": self.include or (),
+            "exclude": self.exclude or (),
+            "options": options_from(self.option),
+            "strict": self.strict,
+            "drop_unreached": self.drop_unreached,
+        }
+
+
 AllSites = Annotated[bool, typer.Option("--all", help="Print every site, however many.")]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option("--plan", help="Carry out a plan: a plan file, or the .json of a conversion."),
+]
 
 
 @command
 def plan(
-    source: Source,
-    to: To = None,
+    source: SourceOptions,
+    recipe: RecipeOptions,
     out: Out = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    option: TargetOption = None,
-    strict: Strict = True,
-    drop_unreached: DropUnreached = False,
-    model: ModelSpec = None,
-    model_arg: ModelArg = None,
-    key: Key = None,
-    trust: Trust = None,
-    random_weights: RandomWeights = False,
-    input_: Input = None,
     all_sites: AllSites = False,
-    as_json: Json = False,
 ) -> None:
     """Decide what would become of every norm; change nothing. With -o the plan is written."""
-    opened = open_model(
-        source,
-        model=model,
-        model_arg=model_arg,
-        key=key,
-        trust=trust,
-        random_weights=random_weights,
-        input_=input_,
-        as_json=as_json,
-    )
-    made = _plan(opened, to, None, include, exclude, option, strict, drop_unreached, as_json)
+    opened = source.open()
+    made = _plan(opened, recipe, None, source.as_json)
     if out is not None:
         made.write(out)
-    _emit_plan(opened, made, all_sites, as_json)
+    _emit_plan(opened, made, all_sites, source.as_json)
 
 
 @command
 def convert(
-    source: Source,
-    to: To = None,
+    source: SourceOptions,
+    recipe: RecipeOptions,
     out: Out = None,
     onnx: Annotated[
         Path | None, typer.Option("--onnx", help="Also fold and export to this ONNX file.")
     ] = None,
-    plan_file: Annotated[
-        Path | None,
-        typer.Option("--plan", help="Carry out a plan: a plan file, or the .json of a conversion."),
-    ] = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    option: TargetOption = None,
-    strict: Strict = True,
-    drop_unreached: DropUnreached = False,
+    plan_file: PlanFile = None,
     output: Annotated[
         str, typer.Option("--output", help="module keeps the class; graph gives an fx.GraphModule.")
     ] = "module",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan, write nothing.")
     ] = False,
-    model: ModelSpec = None,
-    model_arg: ModelArg = None,
-    key: Key = None,
-    trust: Trust = None,
-    random_weights: RandomWeights = False,
-    input_: Input = None,
     all_sites: AllSites = False,
-    as_json: Json = False,
 ) -> None:
     """Rewrite the norms of a model, prove that it computes the same, and write it.
 
@@ -135,124 +126,71 @@ def convert(
     """
     if output not in ("module", "graph"):
         raise UsageError(f"--output takes module or graph, not {output!r}")
-    if plan_file is not None and (to or include or exclude or option):
+    if plan_file is not None and (recipe.to or recipe.include or recipe.exclude or recipe.option):
         raise UsageError(
             "--plan already says what becomes of each site: leave --to and the globs out"
         )
-    opened = open_model(
-        source,
-        model=model,
-        model_arg=model_arg,
-        key=key,
-        trust=trust,
-        random_weights=random_weights,
-        input_=input_,
-        as_json=as_json,
-    )
-    graph = output == "graph"
+    opened = source.open()
     if dry_run:
-        made = _plan(
-            opened, to, plan_file, include, exclude, option, strict, drop_unreached, as_json
-        )
-        _emit_plan(opened, made, all_sites, as_json)
+        made = _plan(opened, recipe, plan_file, source.as_json)
+        _emit_plan(opened, made, all_sites, source.as_json)
         return
-    report = _convert(
-        opened,
-        to,
-        out,
-        onnx,
-        plan_file,
-        include,
-        exclude,
-        option,
-        strict,
-        drop_unreached,
-        graph,
-        as_json,
-    )
-    emit(report, as_json=as_json, all_sites=all_sites)
-
-
-def _convert(
-    opened: Opened,
-    to: str | None,
-    out: Path | None,
-    onnx: Path | None,
-    plan_file: Path | None,
-    include: list[str] | None,
-    exclude: list[str] | None,
-    option: list[str] | None,
-    strict: bool,
-    drop_unreached: bool,
-    graph: bool,
-    as_json: bool,
-) -> Report:
-    from normconv.api import convert as convert_model
-    from normconv.plan import Plan
-
-    wanted = Plan.read(plan_file) if plan_file is not None else (to or "wn")
-    name = wanted.targets[0] if isinstance(wanted, Plan) and wanted.targets else to or "wn"
+    wanted = _read_plan(plan_file) or recipe.to or "wn"
+    name = wanted if isinstance(wanted, str) else "-".join(wanted.targets) or "kept"
     path = out_path(opened.source, f".{name}.pt", out)
-    with reporting(path, opened.describe), stage("convert and prove", as_json=as_json):
+    with reporting(path, opened.describe), stage("convert and prove", as_json=source.as_json):
+        from normconv.api import convert as convert_model
+
         model, report = convert_model(
             opened.model,
             wanted,
             example_inputs=opened.inputs.args,
             example_kwargs=opened.inputs.kwargs,
-            include=include or (),
-            exclude=exclude or (),
-            options=options_from(option),
-            strict=strict,
-            drop_unreached=drop_unreached,
-            output="graph" if graph else "module",
+            output="graph" if output == "graph" else "module",
+            **recipe.keywords,
         )
     report = opened.describe(report)
-    with stage(f"write {path}", as_json=as_json):
+    with stage(f"write {path}", as_json=source.as_json):
         save_or_reject(model, report, path)
     files = {"model": str(path), "report": str(report_path(path))}
     if onnx is not None:
-        with stage(f"export {onnx}", as_json=as_json):
-            from normconv.deploy import export_onnx
-
-            exported = export_onnx(
-                model, onnx, example_inputs=opened.inputs.args, example_kwargs=opened.inputs.kwargs
-            )
+        with stage(f"export {onnx}", as_json=source.as_json):
+            report = _exported(opened, model, onnx, report)
         files["onnx"] = str(onnx)
-        keep = ("opset", "nodes", "norm_nodes", "file_bytes", "providers")
-        facts = {f"onnx {k}": v for k, v in exported.facts.items() if k in keep}
-        checks = tuple(replace(c, name=f"onnx {c.name}") for c in exported.checks)
-        report = report.extended(checks=checks, facts=facts, notes=exported.notes)
-    return report.extended(facts={"written": files})
+    emit(report.extended(facts={"written": files}), as_json=source.as_json, all_sites=all_sites)
 
 
-def _plan(
-    opened: Opened,
-    to: str | None,
-    plan_file: Path | None,
-    include: list[str] | None,
-    exclude: list[str] | None,
-    option: list[str] | None,
-    strict: bool,
-    drop_unreached: bool,
-    as_json: bool,
-) -> Plan:
+def _exported(opened: Opened, model: nn.Module, path: Path, report: Report) -> Report:
+    """Export a converted model and put what was found into its report."""
+    from normconv.deploy import export_onnx
+
+    exported = export_onnx(
+        model, path, example_inputs=opened.inputs.args, example_kwargs=opened.inputs.kwargs
+    )
+    keep = ("opset", "nodes", "norm_nodes", "bytes")
+    facts = {f"onnx {name}": exported.facts[name] for name in keep if name in exported.facts}
+    checks = tuple(replace(check, name=f"onnx {check.name}") for check in exported.checks)
+    return report.extended(checks=checks, facts=facts, notes=exported.notes)
+
+
+def _read_plan(path: Path | None) -> Plan | None:
     from normconv.plan import Plan
 
-    if plan_file is not None:
-        return Plan.read(plan_file)
+    return None if path is None else Plan.read(path)
+
+
+def _plan(opened: Opened, recipe: RecipeOptions, path: Path | None, as_json: bool) -> Plan:
+    if (read := _read_plan(path)) is not None:
+        return read
     with stage("plan", as_json=as_json):
         from normconv.surgery import make_plan
 
         return make_plan(
             opened.model,
-            to or "wn",
+            recipe.to or "wn",
             example_inputs=opened.inputs.args,
             example_kwargs=opened.inputs.kwargs,
-            include=include or (),
-            exclude=exclude or (),
-            options=options_from(option),
-            strict=strict,
-            drop_unreached=drop_unreached,
+            **recipe.keywords,
         )
 
 

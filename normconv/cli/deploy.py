@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from normconv.cli.common import (
-    Input,
-    Json,
-    Key,
-    ModelArg,
-    ModelSpec,
     Opened,
     Out,
-    RandomWeights,
-    Source,
-    Trust,
+    SourceOptions,
     command,
     emit,
-    open_model,
     out_path,
     stage,
 )
@@ -38,34 +30,18 @@ Provider = Annotated[
 
 @command
 def export(
-    source: Source,
+    source: SourceOptions,
     out: Out = None,
     opset: Annotated[int | None, typer.Option("--opset", help="18 to 20.")] = None,
     dynamic_batch: Annotated[
         bool, typer.Option("--dynamic-batch/--static", help="Leave the batch axis free.")
     ] = True,
     provider: Provider = None,
-    model: ModelSpec = None,
-    model_arg: ModelArg = None,
-    key: Key = None,
-    trust: Trust = None,
-    random_weights: RandomWeights = False,
-    input_: Input = None,
-    as_json: Json = False,
 ) -> None:
     """Fold a model, export it to ONNX, and compare the file with the model in ONNX Runtime."""
-    opened = open_model(
-        source,
-        model=model,
-        model_arg=model_arg,
-        key=key,
-        trust=trust,
-        random_weights=random_weights,
-        input_=input_,
-        as_json=as_json,
-    )
-    path = out_path(source, ".onnx", out)
-    with stage(f"fold, export and check {path}", as_json=as_json):
+    opened = source.open()
+    path = out_path(source.source, ".onnx", out)
+    with stage(f"fold, export and check {path}", as_json=source.as_json):
         from normconv.deploy import export_onnx
 
         report = export_onnx(
@@ -77,12 +53,12 @@ def export(
             opset=opset,
             providers=None if provider is None else (provider,),
         )
-    emit(opened.describe(report).extended(facts={"written": str(path)}), as_json=as_json)
+    emit(opened.describe(report).extended(facts={"written": str(path)}), as_json=source.as_json)
 
 
 @command
 def verify(
-    reference: Source,
+    source: SourceOptions,
     candidate: Annotated[
         str, typer.Argument(help="A model as above, an .onnx or a .pt2 file.", show_default=False)
     ],
@@ -91,34 +67,18 @@ def verify(
         float | None,
         typer.Option("--min-agreement", help="The least share of equal top-1 answers, 0 to 1."),
     ] = None,
-    model: ModelSpec = None,
-    model_arg: ModelArg = None,
-    key: Key = None,
-    trust: Trust = None,
-    random_weights: RandomWeights = False,
-    input_: Input = None,
-    as_json: Json = False,
 ) -> None:
     """Compare two models on the same inputs: what the second computes against the first.
 
     Either may be a model, an .onnx or a .pt2 file. A file as the reference needs --input.
     """
-    opened = _reference(
-        reference,
-        model=model,
-        model_arg=model_arg,
-        key=key,
-        trust=trust,
-        random_weights=random_weights,
-        input_=input_,
-        as_json=as_json,
-    )
-    with stage(f"compare with {candidate}", as_json=as_json):
+    opened = _reference(source)
+    with stage(f"compare with {candidate}", as_json=source.as_json):
         from normconv.deploy import verify as verify_models
 
         report = verify_models(
-            Path(reference) if _is_program(reference) else opened.model,
-            _candidate(candidate, model, model_arg, key, trust),
+            Path(source.source) if _is_program(source.source) else opened.model,
+            _candidate(candidate, source),
             (opened.inputs.args, opened.inputs.kwargs),
             provider=provider,
             min_agreement=min_agreement,
@@ -126,40 +86,32 @@ def verify(
     report = opened.describe(report)
     if not report.passed:
         raise CheckFailed(report)
-    emit(report, as_json=as_json)
+    emit(report, as_json=source.as_json)
 
 
 def _is_program(path: str) -> bool:
     return Path(path).suffix.lower() in (".onnx", ".pt2")
 
 
-def _reference(reference: str, **options: Any) -> Opened:
+def _reference(source: SourceOptions) -> Opened:
     """Open the reference; one that is no module stands in the report by its file."""
-    if not _is_program(reference):
-        return open_model(reference, **options)
-    if options["input_"] is None:
-        raise UsageError(f"{reference} does not say its inputs here: pass --input 2x3x224x224")
+    if not _is_program(source.source):
+        return source.open()
+    if source.input_ is None:
+        raise UsageError(f"{source.source} needs example inputs: pass --input 2x3x224x224")
     from torch import nn
 
     from normconv.sources import Loaded, example_inputs
 
     nothing = nn.Identity()
-    inputs = example_inputs(nothing, options["input_"], source=reference)
-    return Opened(Loaded(nothing, {"source": reference}, ()), inputs, reference)
+    inputs = example_inputs(nothing, source.input_, source=source.source)
+    return Opened(Loaded(nothing, {"source": source.source}, ()), inputs, source.source)
 
 
-def _candidate(
-    candidate: str,
-    model: str | None,
-    model_arg: list[str] | None,
-    key: str | None,
-    trust: list[str] | None,
-) -> nn.Module | Path:
+def _candidate(candidate: str, source: SourceOptions) -> nn.Module | Path:
     if _is_program(candidate):
         return Path(candidate)
-    from normconv.sources import load, parse_model_args
+    from normconv.sources import load
 
-    checkpoint: dict[str, Any] = {}
-    if Path(candidate).suffix.lower() == ".safetensors":
-        checkpoint = {"model": model, "model_args": parse_model_args(model_arg or []), "key": key}
-    return load(candidate, trust=tuple(trust or ()), **checkpoint)
+    checkpoint = source.checkpoint if Path(candidate).suffix.lower() == ".safetensors" else {}
+    return load(candidate, trust=tuple(source.trust or ()), **checkpoint)

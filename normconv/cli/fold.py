@@ -7,18 +7,10 @@ from typing import Annotated
 import typer
 
 from normconv.cli.common import (
-    Input,
-    Json,
-    Key,
-    ModelArg,
-    ModelSpec,
     Out,
-    RandomWeights,
-    Source,
-    Trust,
+    SourceOptions,
     command,
     emit,
-    open_model,
     out_path,
     report_path,
     save_or_reject,
@@ -31,34 +23,18 @@ __all__ = ["fold"]
 
 @command
 def fold(
-    source: Source,
+    source: SourceOptions,
     out: Out = None,
     affine: Annotated[
         bool,
         typer.Option("--affine", help="Also fold channel affines into neighbours where exact."),
     ] = False,
-    model: ModelSpec = None,
-    model_arg: ModelArg = None,
-    key: Key = None,
-    trust: Trust = None,
-    random_weights: RandomWeights = False,
-    input_: Input = None,
-    as_json: Json = False,
 ) -> None:
     """Replace every weight norm by the plain weight it computes, prove it, and write the model."""
-    opened = open_model(
-        source,
-        model=model,
-        model_arg=model_arg,
-        key=key,
-        trust=trust,
-        random_weights=random_weights,
-        input_=input_,
-        as_json=as_json,
-    )
-    path = out_path(source, ".folded.pt", out)
+    opened = source.open()
+    path = out_path(source.source, ".folded.pt", out)
     args, kwargs = opened.inputs.args, opened.inputs.kwargs
-    with stage("fold and prove", as_json=as_json):
+    with stage("fold and prove", as_json=source.as_json):
         from normconv.folding import fold as fold_model
         from normconv.proof import prove
 
@@ -71,4 +47,4 @@ def fold(
     if not report.passed:
         raise CheckFailed(report)
     files = {"model": str(path), "report": str(report_path(path))}
-    emit(report.extended(facts={"written": files}), as_json=as_json)
+    emit(report.extended(facts={"written": files}), as_json=source.as_json)

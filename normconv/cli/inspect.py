@@ -8,16 +8,8 @@ import typer
 from rich.console import Console
 
 from normconv.cli.common import (
-    Input,
-    Json,
-    Key,
-    ModelArg,
-    ModelSpec,
-    RandomWeights,
-    Source,
-    Trust,
+    SourceOptions,
     command,
-    open_model,
     stage,
 )
 from normconv.report import jsonable
@@ -28,27 +20,11 @@ __all__ = ["inspect"]
 
 @command
 def inspect(
-    source: Source,
-    model: ModelSpec = None,
-    model_arg: ModelArg = None,
-    key: Key = None,
-    trust: Trust = None,
-    random_weights: RandomWeights = False,
-    input_: Input = None,
-    as_json: Json = False,
+    source: SourceOptions,
 ) -> None:
     """Show every norm of a model, what feeds it, and whether that can absorb it."""
-    opened = open_model(
-        source,
-        model=model,
-        model_arg=model_arg,
-        key=key,
-        trust=trust,
-        random_weights=random_weights,
-        input_=input_,
-        as_json=as_json,
-    )
-    with stage("capture", as_json=as_json):
+    opened = source.open()
+    with stage("capture", as_json=source.as_json):
         from normconv.graph import survey
 
         found = survey(opened.model, opened.inputs.args, opened.inputs.kwargs)
@@ -58,7 +34,7 @@ def inspect(
         "capture": found.method,
         "parameters": sum(p.numel() for p in opened.model.parameters()),
     }
-    if as_json:
+    if source.as_json:
         sites = [site.__dict__ for site in found.sites]
         document = {"facts": facts, "failures": found.failures, "sites": sites}
         typer.echo(json.dumps(jsonable(document), indent=2))

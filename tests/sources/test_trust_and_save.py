@@ -6,7 +6,6 @@ import importlib
 import json
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -170,14 +169,12 @@ def test_the_history_is_written_and_rebuilt(
     assert json.loads(metadata["normconv.history"]) == [{"step": "double"}]
 
     seen = []
-    folding = types.ModuleType("normconv.folding")
 
     def rebuild(model: nn.Module, history: list[dict[str, str]]) -> nn.Module:
         seen.append(history)
         return nn.Linear(4, 2)
 
-    folding.rebuild = rebuild  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "normconv.folding", folding)
+    monkeypatch.setattr("normconv.sources.loading.rebuild", rebuild)
     loaded = open_source(tmp_path / "m.safetensors", model=lambda: nn.Linear(2, 2))
     assert seen == [[{"step": "double"}]]
     assert loaded.facts["rebuilt"] == 1
