@@ -22,12 +22,12 @@ from normconv.cli.common import (
     stage,
 )
 from normconv.errors import UsageError
-from normconv.report import Report
 
 if TYPE_CHECKING:
     from torch import nn
 
     from normconv.plan import Plan
+    from normconv.report import Report
 
 __all__ = ["convert", "plan"]
 
@@ -100,7 +100,8 @@ def plan(
     made = _plan(opened, recipe, None, source.as_json)
     if out is not None:
         made.write(out)
-    _emit_plan(opened, made, all_sites, source.as_json)
+    report = opened.describe(made.report("plan"))
+    emit(report, as_json=source.as_json, all_sites=all_sites)
 
 
 @command
@@ -133,7 +134,8 @@ def convert(
     opened = source.open()
     if dry_run:
         made = _plan(opened, recipe, plan_file, source.as_json)
-        _emit_plan(opened, made, all_sites, source.as_json)
+        report = opened.describe(made.report("plan"))
+        emit(report, as_json=source.as_json, all_sites=all_sites)
         return
     wanted = _read_plan(plan_file) or recipe.to or "wn"
     name = wanted if isinstance(wanted, str) else "-".join(wanted.targets) or "kept"
@@ -192,16 +194,3 @@ def _plan(opened: Opened, recipe: RecipeOptions, path: Path | None, as_json: boo
             example_kwargs=opened.inputs.kwargs,
             **recipe.keywords,
         )
-
-
-def _emit_plan(opened: Opened, made: Plan, all_sites: bool, as_json: bool) -> None:
-    report = Report(
-        verb="plan",
-        subject=made.model,
-        target=made.target,
-        sites=tuple(step.row() for step in made.steps),
-        facts={"capture": made.capture, "actions": made.counts()},
-        notes=made.notes,
-        plan=made.to_dict(),
-    )
-    emit(opened.describe(report), as_json=as_json, all_sites=all_sites)

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from normconv.errors import Problem, UsageError
 from normconv.files import write_json
-from normconv.report import SiteRow, jsonable
+from normconv.report import Report, SiteRow, jsonable
 
 __all__ = ["Action", "Plan", "Step"]
 
@@ -102,6 +102,18 @@ class Plan:
     def converted(self) -> tuple[Step, ...]:
         """The steps that change something."""
         return tuple(step for step in self.steps if step.action != "keep")
+
+    def report(self, verb: str) -> Report:
+        """Return the plan as a report in which nothing is measured yet."""
+        return Report(
+            verb=verb,
+            subject=self.model,
+            target=self.target,
+            sites=tuple(step.row() for step in self.steps),
+            facts={"capture": self.capture, "actions": self.counts()},
+            notes=self.notes,
+            plan=self.to_dict(),
+        )
 
     def counts(self) -> dict[str, int]:
         """Return how many sites each action has."""

@@ -58,16 +58,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> Result:
         DropIdentities()(twin)
         twin.recompile()
     record(twin, {"apply": plan.to_dict()})
-    report = Report(
-        verb="apply",
-        subject=plan.model,
-        target=plan.target,
-        sites=tuple(step.row() for step in plan.steps),
-        facts={"capture": plan.capture, "actions": plan.counts()},
-        notes=plan.notes,
-        plan=plan.to_dict(),
-    )
-    return Result(twin, report)
+    return Result(twin, plan.report("apply"))
 
 
 def _carry_out(model: nn.Module, plan: Plan) -> None:

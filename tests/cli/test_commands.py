@@ -178,16 +178,16 @@ def test_a_failed_proof_leaves_only_rejected_files(
 ) -> None:
     invoke("convert", digits, "--input", "2x1x8x8")
     good = digits.with_name("model.wn.pt").read_bytes()
-    import normconv.targets.wn as wn
+    from normconv.targets import exact
 
-    right = wn.absorb_norm_
+    right = exact.absorb_norm_
 
     def wrong(root: nn.Module, names: Any, producers: Any, **more: Any) -> None:
         right(root, names, producers, **more)
         with torch.no_grad():
             root.get_submodule(producers[0]).weight_g[0] *= 1.01
 
-    monkeypatch.setattr(wn, "absorb_norm_", wrong)
+    monkeypatch.setattr(exact, "absorb_norm_", wrong)
     document = invoke_json("convert", digits, "--input", "2x1x8x8", code=1)
     assert any(not check["passed"] for check in document["checks"])
     assert digits.with_name("model.wn.pt").read_bytes() == good
