@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from normconv.errors import CaptureError, CheckFailed, Problem
+from normconv.errors import CaptureError, CheckFailed, Problem, UsageError
 from normconv.graph import trace
 from normconv.graph.passes import FunctionalNormsToModules
 from normconv.numerics import evaluating, give_back_memory
@@ -17,7 +17,7 @@ from normconv.plan import Plan, Recipe, Rule
 from normconv.proof import prove
 from normconv.report import Report
 from normconv.sources import example_inputs as inputs_for
-from normconv.surgery import Result, apply_plan, make_plan
+from normconv.surgery import Result, apply_plan, checked_inputs, make_plan
 
 __all__ = ["convert", "prove_conversion", "to_graph"]
 
@@ -65,11 +65,13 @@ def convert(
     >>> report.passed, type(model[0]).__name__, type(model[1]).__name__
     (True, 'WNConv2d', 'Identity')
     """
+    if output not in ("module", "graph"):
+        raise UsageError(Problem("output", f"it is 'module' or 'graph', not {output!r}"))
     origin = "given"
-    if example_inputs is None and example_kwargs is None:
+    if example_inputs is None and example_kwargs is None and isinstance(model, nn.Module):
         found = inputs_for(model)
         example_inputs, example_kwargs, origin = found.args, found.kwargs, found.origin
-    args, kwargs = tuple(example_inputs or ()), dict(example_kwargs or {})
+    args, kwargs = checked_inputs(model, example_inputs, example_kwargs)
     base = to_graph(model, args, kwargs) if output == "graph" else model
     if isinstance(to, Plan):
         plan = to
@@ -86,9 +88,11 @@ def convert(
             drop_unreached=drop_unreached,
         )
     result = apply_plan(base, plan)
+    # The sites of a graph are those of the trace: it may have norms that the model calls as functions.
+    traced = base if base is not model else None
     del base
-    give_back_memory(cycles=True)  # the trace, which holds the original
-    result = prove_conversion(model, result, plan, args, kwargs, origin=origin)
+    give_back_memory(cycles=True)  # other traces, which hold the original
+    result = prove_conversion(model, result, plan, args, kwargs, origin=origin, traced=traced)
     give_back_memory()
     return result
 
@@ -101,6 +105,7 @@ def prove_conversion(
     kwargs: Mapping[str, Any],
     *,
     origin: str = "given",
+    traced: nn.Module | None = None,
 ) -> Result:
     """Prove a result of `apply_plan` against its original and put the proof into its report.
 
@@ -112,10 +117,13 @@ def prove_conversion(
         note = "nothing was proved: a model on the meta device has no values"
         report = _as_convert(result.report.extended(facts=facts, notes=(note,)))
         return Result(result.model, report)
-    proof = prove(original, result.model, plan.steps, args, kwargs)
+    proof = prove(traced or original, result.model, plan.steps, args, kwargs)
+    checks = proof.checks
+    if traced is not None:  # and the whole against the model itself, not only against its trace
+        checks += prove(original, result.model, (), args, kwargs).checks
     report = _as_convert(
         result.report.extended(
-            sites=proof.rows, checks=proof.checks, facts={**facts, **proof.facts}, notes=proof.notes
+            sites=proof.rows, checks=checks, facts={**facts, **proof.facts}, notes=proof.notes
         )
     )
     if not report.passed:

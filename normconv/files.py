@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from normconv.errors import Problem, UsageError
+
 __all__ = ["atomic_path", "rejected_path", "sha256_of", "write_json"]
 
 _BLOCK = 1 << 20
@@ -33,8 +35,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     'whole'
     """
     final = Path(path)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    if final.is_dir():
+        raise UsageError(Problem(str(final), "it is a folder", "name a file in it"))
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    except OSError as error:
+        raise UsageError(Problem(str(final), f"nothing can be written there: {error}")) from None
     try:
         temporary = folder / final.name
         yield temporary

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from normconv.errors import CheckFailed, NormconvError, UsageError
+from normconv.errors import CheckFailed, NormconvError, Problem, UsageError
 from normconv.files import atomic_path, rejected_path, write_json
 from normconv.report import Report
 from normconv.report.terminal import print_error, print_report
@@ -25,11 +25,15 @@ if TYPE_CHECKING:
 
     from normconv.sources import Inputs, Loaded
 
+MODEL = (".pt", ".pth", ".safetensors")
+
 __all__ = [
+    "MODEL",
     "Json",
     "Opened",
     "Out",
     "SourceOptions",
+    "check_outputs",
     "command",
     "emit",
     "options_from",
@@ -259,6 +263,34 @@ def save_or_reject(model: nn.Module, report: Report, path: Path) -> None:
         save(model, made)
         os.replace(made, temporary)
     write_json(rejected_path(document), report.to_dict())
+
+
+def check_outputs(source: str, *outputs: tuple[str, Path | None, tuple[str, ...]]) -> None:
+    """Refuse, before any work, outputs that would destroy an input or each other.
+
+    Args:
+        source: what is read.
+        outputs: for each the option it comes from, the path, and the endings it may have.
+
+    Raises:
+        UsageError: lists every such path.
+    """
+    problems = []
+    taken = {Path(source).resolve(): "the source"} if Path(source).exists() else {}
+    for option, path, endings in outputs:
+        if path is None:
+            continue
+        if path.is_dir():
+            problems.append(Problem(option, f"{path} is a folder", "name a file"))
+        elif path.suffix.lower() not in endings:
+            what = f"{path} does not end in {' or '.join(endings)}"
+            problems.append(Problem(option, what, "give it such a name"))
+        elif (place := path.resolve()) in taken:
+            problems.append(Problem(option, f"{path} is {taken[place]}", "name another file"))
+        else:
+            taken[place] = f"what {option} names"
+    if problems:
+        raise UsageError(problems)
 
 
 def report_path(path: Path) -> Path:

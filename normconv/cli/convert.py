@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from normconv.cli.common import (
+    MODEL,
     Opened,
     Out,
     SourceOptions,
+    check_outputs,
     command,
     emit,
     options_from,
@@ -96,6 +98,7 @@ def plan(
     all_sites: AllSites = False,
 ) -> None:
     """Decide what would become of every norm; change nothing. With -o the plan is written."""
+    check_outputs(source.source, ("--out", out, (".json",)))
     opened = source.open()
     made = _plan(opened, recipe, None, source.as_json)
     if out is not None:
@@ -131,15 +134,21 @@ def convert(
         raise UsageError(
             "--plan already says what becomes of each site: leave --to and the globs out"
         )
+    wanted = _read_plan(plan_file) or recipe.to or "wn"
+    name = wanted if isinstance(wanted, str) else "-".join(wanted.targets) or "kept"
+    path = out_path(source.source, f".{name}.pt", out)
+    check_outputs(
+        source.source,
+        ("--out", path, MODEL),
+        ("the report", report_path(path), (".json",)),
+        ("--onnx", onnx, (".onnx",)),
+    )
     opened = source.open()
     if dry_run:
         made = _plan(opened, recipe, plan_file, source.as_json)
         report = opened.describe(made.report("plan"))
         emit(report, as_json=source.as_json, all_sites=all_sites)
         return
-    wanted = _read_plan(plan_file) or recipe.to or "wn"
-    name = wanted if isinstance(wanted, str) else "-".join(wanted.targets) or "kept"
-    path = out_path(opened.source, f".{name}.pt", out)
     with reporting(path, opened.describe), stage("convert and prove", as_json=source.as_json):
         from normconv.api import convert as convert_model
 

@@ -11,6 +11,7 @@ from normconv.cli.common import (
     Opened,
     Out,
     SourceOptions,
+    check_outputs,
     command,
     emit,
     out_path,
@@ -39,8 +40,9 @@ def export(
     provider: Provider = None,
 ) -> None:
     """Fold a model, export it to ONNX, and compare the file with the model in ONNX Runtime."""
-    opened = source.open()
     path = out_path(source.source, ".onnx", out)
+    check_outputs(source.source, ("--out", path, (".onnx",)))
+    opened = source.open()
     with stage(f"fold, export and check {path}", as_json=source.as_json):
         from normconv.deploy import export_onnx
 

@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 
 from normconv.cli.common import (
+    MODEL,
     Out,
     SourceOptions,
+    check_outputs,
     command,
     emit,
     out_path,
@@ -31,8 +33,11 @@ def fold(
     ] = False,
 ) -> None:
     """Replace every weight norm by the plain weight it computes, prove it, and write the model."""
-    opened = source.open()
     path = out_path(source.source, ".folded.pt", out)
+    check_outputs(
+        source.source, ("--out", path, MODEL), ("the report", report_path(path), (".json",))
+    )
+    opened = source.open()
     args, kwargs = opened.inputs.args, opened.inputs.kwargs
     with stage("fold and prove", as_json=source.as_json):
         from normconv.folding import fold as fold_model

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normconv.numerics.error import noise_bound, relative_l2
+from normconv.numerics.error import noise_bound, relative_l2, unprovable
 from normconv.report import Check
 
 __all__ = [
@@ -187,6 +187,9 @@ def compare(
             detail = f"the shape is {list(value.shape)}, not {list(exact.shape)}"
             checks.append(Check(label + name, False, detail=detail))
             continue
+        if not exact.numel():
+            checks.append(Check(label + name, False, detail="it has no elements to compare"))
+            continue
         if max_error is None:
             bound = reference.bound(name, value, (backend_errors or {}).get(name, 0.0))
         else:
@@ -258,6 +261,8 @@ def _detail(value: Tensor, exact: Tensor, reference: Reference, name: str) -> st
     own = reference.own_error(name)
     if own != own:
         return "the original itself breaks in its own dtype"
+    if value.is_floating_point() and (reason := unprovable(value.dtype, own)):
+        return reason
     return "rel-L2 against float64"
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from normconv.deploy.session import Session
 from normconv.errors import LoadError, Problem, Refused, UsageError
+from normconv.graph.quiet import quiet
 from normconv.layers import copy_model
 from normconv.proof.outputs import cast_inputs, evaluate, flat_outputs
 
@@ -106,7 +107,8 @@ class _Program(nn.Module):
 
 def _loaded(path: Path) -> nn.Module:
     try:
-        return torch.export.load(path).module()
+        with quiet():
+            return torch.export.load(path).module()
     except Exception as error:
         # A damaged archive fails in zipfile, json, pickle or torch, each with its own classes.
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]

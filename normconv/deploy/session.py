@@ -91,6 +91,8 @@ class Session:
         tf32: allow TF32 on CUDA; off by default, since it keeps 10 bits of the mantissa.
         threads: threads inside one operator; None takes torch's number.
         provider_options: more options of the provider.
+        frugal: take half the memory to load and run, and a little longer: weights are not copied
+            into the processor's layout, and no arena is kept.
 
     Raises:
         MissingDependency: no ONNX Runtime is installed.
@@ -106,6 +108,7 @@ class Session:
         tf32: bool = False,
         threads: int | None = None,
         provider_options: Mapping[str, str] | None = None,
+        frugal: bool = False,
     ) -> None:
         self._ort = onnxruntime_module()
         self._subject = "the given bytes" if isinstance(model, bytes) else str(model)
@@ -115,7 +118,7 @@ class Session:
         self.provider = self._choose(provider)
         self._provider_list = self._providers(tf32, provider_options or {})
         self._threads = threads or torch.get_num_threads()
-        self._session = self._start(self._options())
+        self._session = self._start(self._options(frugal))
         self._counts: dict[str, int] | None = None
         self._require_provider()
         self.inputs = tuple(
@@ -188,8 +191,13 @@ class Session:
         options = {"use_tf32": "1" if tf32 else "0", **more}
         return [(PROVIDERS["cuda"], options), PROVIDERS["cpu"]]
 
-    def _options(self) -> Any:
+    def _options(self, frugal: bool) -> Any:
         options = self._ort.SessionOptions()
+        if frugal:
+            levels = self._ort.GraphOptimizationLevel
+            options.graph_optimization_level = levels.ORT_ENABLE_EXTENDED
+            options.enable_cpu_mem_arena = False
+            options.enable_mem_pattern = False
         options.log_severity_level = _ERRORS_ONLY
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1

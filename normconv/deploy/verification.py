@@ -283,7 +283,7 @@ def _other_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
     generator = torch.Generator().manual_seed(_SEED)
 
     def other(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.ndim:
+        if not isinstance(leaf, Tensor) or not leaf.ndim or not leaf.numel():
             return leaf
         if not leaf.is_floating_point():
             return leaf.flip(-1)

@@ -8,8 +8,10 @@ from normconv.graph.families import is_norm as is_norm
 from normconv.graph.families import norm_state as norm_state
 from normconv.graph.families import trailing_of as trailing_of
 from normconv.graph.fx_capture import trace as trace
+from normconv.graph.fx_capture import untouched_defaults as untouched_defaults
 from normconv.graph.names import Names as Names
 from normconv.graph.sites import Site as Site
 from normconv.graph.sites import Survey as Survey
 from normconv.graph.sites import judge as judge
+from normconv.graph.sites import norm_names as norm_names
 from normconv.graph.sites import survey as survey

@@ -34,6 +34,17 @@ class Call:
     inputs: tuple[int, ...] = ()
     shape: tuple[int, ...] | None = None
 
+    @property
+    def reads_shape(self) -> bool:
+        """Whether it asks only for the shape, dtype or device of what it takes."""
+        return self.kind == "function" and self.target in _SHAPE_READS
+
+
+_SHAPE_READS = frozenset(
+    [f"getattr {name}" for name in ("shape", "dtype", "device", "ndim", "is_cuda")]
+    + ["size", "dim", "numel", "ndimension", "sym_size"]
+)
+
 
 @dataclass(frozen=True)
 class CallGraph:

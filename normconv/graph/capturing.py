@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from normconv.errors import CaptureError, Problem
 from normconv.graph.calls import CallGraph
 from normconv.graph.export_capture import capture_with_export
 from normconv.graph.fx_capture import capture_with_fx
 from normconv.graph.names import Names
-from normconv.layers import copy_model
+from normconv.numerics import state_kept
 
 __all__ = ["METHODS", "capture"]
 
@@ -44,27 +43,8 @@ def capture(
     Raises:
         CaptureError: every capture failed; says how each did.
     """
-    if any(module.training for module in model.modules()):
-        # In training mode even a run on fake tensors counts up a norm's batches.
-        model = copy_model(model)
-    with _plain_tensors_kept(model):
+    with state_kept(model):
         return _first_that_works(model, args, kwargs or {}, methods)
-
-
-@contextmanager
-def _plain_tensors_kept(model: nn.Module) -> Iterator[None]:
-    """Put back tensors that are plain attributes (legacy weight norm's): a trace leaves fakes there."""
-    kept = [
-        (module.__dict__, name, value)
-        for module in model.modules()
-        for name, value in module.__dict__.items()
-        if isinstance(value, Tensor)
-    ]
-    try:
-        yield
-    finally:
-        for store, name, value in kept:
-            store[name] = value
 
 
 def _first_that_works(
@@ -86,15 +66,17 @@ def _first_that_works(
             failures[name] = _first_line(reason)
             continue
         return replace(graph, failures=failures)
-    shapes = ", ".join(str(tuple(value.shape)) for value in args if hasattr(value, "shape"))
+    # One reason that every way met is told once.
+    by_reason: dict[str, list[str]] = {}
+    for name, why in failures.items():
+        by_reason.setdefault(why, []).append(name)
+    given = [*args, *kwargs.values()]
+    shapes = ", ".join(str(tuple(value.shape)) for value in given if hasattr(value, "shape"))
+    way_out = f"check that the example inputs ({shapes or 'no tensors'}) fit the model"
     raise CaptureError(
         [
-            Problem(
-                f"{type(model).__name__} ({name})",
-                reason,
-                f"check that the example inputs ({shapes or 'none'}) fit the model",
-            )
-            for name, reason in failures.items()
+            Problem(f"{type(model).__name__} ({' and '.join(methods_)})", why, way_out)
+            for why, methods_ in by_reason.items()
         ]
     )
 

@@ -6,9 +6,7 @@ operators of one call of a norm or linear operator are put together again into o
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from torch import fx, nn
 from normconv.graph.calls import Call, CallGraph, CallKind, first_shape
 from normconv.graph.families import is_leaf
 from normconv.graph.names import Names
+from normconv.graph.quiet import quiet
 
 __all__ = ["capture_with_export"]
 
@@ -29,19 +28,12 @@ def capture_with_export(
     Raises:
         Exception: whatever `torch.export` meets.
     """
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         program = torch.export.export(model, args, dict(kwargs), strict=False)
     signature = program.graph_signature
     tensor_names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     modules = dict(model.named_modules(remove_duplicate=False))
     return _Grouping(tensor_names, modules, names).read(program.graph)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 class _Grouping:

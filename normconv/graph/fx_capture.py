@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import warnings
 from collections.abc import Mapping
@@ -17,8 +16,9 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from normconv.graph.calls import Call, CallGraph, first_shape
 from normconv.graph.families import is_leaf
 from normconv.graph.names import Names
+from normconv.graph.quiet import quiet
 
-__all__ = ["capture_with_fx", "graph_of", "is_fixed_batch_norm", "trace"]
+__all__ = ["capture_with_fx", "graph_of", "is_fixed_batch_norm", "trace", "untouched_defaults"]
 
 
 class _Tracer(fx.Tracer):
@@ -44,15 +44,16 @@ def trace(
     Raises:
         Exception: whatever tracing meets (control flow, unsupported calls).
     """
-    graph = _Tracer().trace(model, concrete_args=_untouched_defaults(model, args, kwargs or {}))
+    graph = _Tracer().trace(model, concrete_args=untouched_defaults(model, args, kwargs or {}))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fx warns of attributes it cannot resolve by name
         return fx.GraphModule(model, graph, type(model).__name__)
 
 
-def _untouched_defaults(
+def untouched_defaults(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
+    """Return the parameters of `forward` that the inputs leave at their defaults."""
     signature = inspect.signature(model.forward)
     bound: Mapping[str, Any] = {}
     if args or kwargs:
@@ -79,7 +80,7 @@ def capture_with_fx(
     bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     values = [_value_of(node, bound) for node in traced.graph.nodes if node.op == "placeholder"]
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         FakeTensorProp(traced, mode).propagate(*values)
     return graph_of(traced, names)
 
@@ -91,13 +92,6 @@ def _value_of(placeholder: fx.Node, bound: Mapping[str, Any]) -> Any:
     if placeholder.args:
         return placeholder.args[0]  # a default that the trace was fixed to
     raise NotImplementedError(f"input {name!r} is variadic")
-
-
-@contextlib.contextmanager
-def _quiet() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def graph_of(traced: fx.GraphModule, names: Names) -> CallGraph:
@@ -141,6 +135,8 @@ _KINDS: dict[str, Any] = {
 def _target_name(node: fx.Node, names: Names) -> str:
     if node.op == "call_module":
         return names.canonical(str(node.target))
+    if node.op == "call_function" and node.target is getattr:
+        return f"getattr {node.args[1]}"
     if node.op == "call_function":
         return getattr(node.target, "__name__", str(node.target))
     return str(node.target)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from types import CellType, FunctionType, MethodType
 from typing import Any, Literal
 
 from torch import nn
@@ -28,7 +30,7 @@ from normconv.graph.probe import absorbs_affine, is_affine_then_children
 from normconv.layers import Reparametrised, kind_of, layout_of
 from normconv.numerics import evaluating, in_training_mode
 
-__all__ = ["Site", "Survey", "judge", "survey"]
+__all__ = ["Site", "Survey", "judge", "norm_names", "survey"]
 
 Phase = Literal["eval", "train", "none"]
 
@@ -104,7 +106,7 @@ def survey(
     with evaluating(model):
         graph = capture(model, args, kwargs, methods=methods)
     found = judge(model, graph, "eval")
-    missing = [name for name in _norm_names(model) if name not in {site.name for site in found}]
+    missing = [name for name in norm_names(model) if name not in {site.name for site in found}]
     if missing:
         found += _training_sites(model, args, kwargs, graph, missing, methods)
     return Survey(tuple(found), graph.method, graph.failures, graph.functional_norms)
@@ -139,7 +141,7 @@ def _training_sites(
     return found
 
 
-def _norm_names(model: nn.Module, wanted: Callable[[nn.Module], bool] = is_norm) -> list[str]:
+def norm_names(model: nn.Module, wanted: Callable[[nn.Module], bool] = is_norm) -> list[str]:
     """First names of the outermost norms: what is inside a norm belongs to it."""
     found: list[str] = []
     for name, module in model.named_modules():
@@ -166,7 +168,7 @@ def judge(
         other: the graph of the other mode; a layer called there too must not absorb anything.
         wanted: which modules count as norms.
     """
-    norms = set(_norm_names(model, wanted))
+    norms = set(norm_names(model, wanted))
     judge_ = _Judge(model, graph, other)
     called = dict.fromkeys(
         call.target for call in graph.calls if call.kind == "module" and call.target in norms
@@ -255,6 +257,7 @@ class _Judge:
         chain = [source.index, *hops[:0:-1]]
         for index in chain:
             users = self._graph.users.get(index, ())
+            users = tuple(user for user in users if not self._graph.calls[user].reads_shape)
             if len(users) > 1:
                 others = [self._graph.calls[user] for user in users if user not in hops]
                 return f"the output of {name} is also used by {_describe(others[0])}"
@@ -278,7 +281,8 @@ class _Judge:
             return f"{name} or the norm has forward hooks, which would see other values"
         tied = [t for t in (weight, bias) if t is not None and len(self._names.owners(t)) > 1]
         if tied:
-            return f"{name} shares parameters with {', '.join(self._names.owners(tied[0])[1:])}"
+            others = [owner for owner in self._names.owners(tied[0]) if owner != name]
+            return f"{name} shares parameters with {', '.join(others) or 'itself'}"
         if layout.channels(weight) != state.channels:
             return (
                 f"{name} has {layout.channels(weight)} output channels, the norm {state.channels}"
@@ -299,8 +303,28 @@ class _Judge:
         return ""
 
 
+def _held_by_function(function: Any) -> list[Any]:
+    """What a function closes over or is bound to; deepcopy and edits do not reach it."""
+    if isinstance(function, partial):
+        return [function.func, *function.args, *function.keywords.values()]
+    if isinstance(function, MethodType):
+        return [function.__self__, *_held_by_function(function.__func__)]
+    if not isinstance(function, FunctionType):
+        return []
+    cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+    return [value for value in cells if isinstance(value, (nn.Module, list, tuple, dict))]
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True
+
+
 def _hidden_references(model: nn.Module) -> dict[int, str]:
-    """Modules that plain lists, tuples and dicts of some module hold: an edit would not reach those."""
+    """Modules that lists, dicts and functions on some module hold: an edit would not reach those."""
     found: dict[int, str] = {}
 
     def look(value: Any, where: str) -> None:
@@ -311,6 +335,9 @@ def _hidden_references(model: nn.Module) -> dict[int, str]:
                 look(item, where)
         elif isinstance(value, (list, tuple, set)):
             for item in value:
+                look(item, where)
+        elif isinstance(value, (FunctionType, MethodType, partial)):
+            for item in _held_by_function(value):
                 look(item, where)
 
     inner = nn.Module().__dict__.keys()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+
+from normconv.errors import PlanError, Problem
 
 __all__ = ["copy_model"]
 
@@ -24,6 +27,9 @@ def copy_model(model: Model, *, share_tensors: bool = False) -> Model:
         share_tensors: the copy's modules are its own, its parameters and buffers are the model's:
             for edits that replace tensors and never write into them.
 
+    Raises:
+        PlanError: something on the model cannot be copied; names it.
+
     >>> import torch, warnings
     >>> with warnings.catch_warnings():
     ...     warnings.simplefilter("ignore")
@@ -34,9 +40,41 @@ def copy_model(model: Model, *, share_tensors: bool = False) -> Model:
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in module.__dict__.values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
+            for tensor in _tensors(value):
+                if not tensor.is_leaf:
+                    memo[id(tensor)] = tensor.detach().clone()
         if share_tensors:
-            for tensor in [*module._parameters.values(), *module._buffers.values()]:
-                memo[id(tensor)] = tensor
-    return copy.deepcopy(model, memo)
+            for shared in [*module._parameters.values(), *module._buffers.values()]:
+                memo[id(shared)] = shared
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as reason:  # whatever hangs on the user's model decides what this is
+        raise PlanError(_uncopyable(model, reason)) from reason
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple, set)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _uncopyable(model: nn.Module, reason: Exception) -> list[Problem]:
+    inner = nn.Module().__dict__.keys()
+    problems = []
+    for path, module in model.named_modules():
+        for name, value in module.__dict__.items():
+            if name in inner:
+                continue
+            try:
+                copy.deepcopy(value, {})
+            except Exception as error:
+                where = f"{path}.{name}" if path else name
+                problems.append(
+                    Problem(where, f"it cannot be copied ({error})", "take it off first")
+                )
+    return problems or [Problem(type(model).__name__, f"it cannot be copied ({reason})")]

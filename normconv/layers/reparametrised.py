@@ -10,7 +10,7 @@ import copy
 from typing import Any, ClassVar, Self, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from normconv.errors import Problem, UsageError
 from normconv.layers.operators import OPERATORS, layout_of
@@ -59,7 +59,8 @@ class WeightNormed(Reparametrised):
     @property
     def weight(self) -> Tensor:
         """The computed weight: same shape, dtype and memory format as `weight_v`."""
-        return normed_weight(self.weight_g, self.weight_v, self._layout)
+        layout = self._layout
+        return _normed_weight(self.weight_g, self.weight_v, layout.transposed, layout.groups)
 
     @property
     def _layout(self) -> RowLayout:
@@ -70,6 +71,12 @@ class WeightNormed(Reparametrised):
     def true_weight(self) -> tuple[Tensor, Tensor]:
         """Return the float64 weight rounded once, and which rows have ‖v‖ = 0, (O,) bool."""
         return true_weight(self.weight_g.detach(), self.weight_v.detach(), self._layout)
+
+
+@fx.wrap
+def _normed_weight(g: Tensor, v: Tensor, transposed: bool, groups: int) -> Tensor:
+    """One call in the eyes of any `torch.fx` tracer, with plain values for the layout."""
+    return normed_weight(g, v, RowLayout(transposed, groups))
 
 
 _MIXINS: dict[str, type[Reparametrised]] = {"wn": WeightNormed}

@@ -5,9 +5,11 @@ from normconv.numerics.affine import norm_affine as norm_affine
 from normconv.numerics.error import NOISE_FACTOR as NOISE_FACTOR
 from normconv.numerics.error import noise_bound as noise_bound
 from normconv.numerics.error import relative_l2 as relative_l2
+from normconv.numerics.error import unprovable as unprovable
 from normconv.numerics.memory import give_back_memory as give_back_memory
 from normconv.numerics.modes import evaluating as evaluating
 from normconv.numerics.modes import in_training_mode as in_training_mode
+from normconv.numerics.modes import state_kept as state_kept
 from normconv.numerics.rows import RowLayout as RowLayout
 from normconv.numerics.rows import row_norms as row_norms
 from normconv.numerics.rows import scale_rows as scale_rows

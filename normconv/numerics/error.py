@@ -5,10 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["NOISE_FACTOR", "noise_bound", "relative_l2"]
+__all__ = ["NOISE_FACTOR", "noise_bound", "relative_l2", "unprovable"]
 
 NOISE_FACTOR = 4.0
 FLOAT64_FLOOR = 1e-12
+# An original that is off by more than this from its own float64 run proves nothing: four times as
+# much would let anything pass.
+_CEILINGS = {torch.float64: 1e-6, torch.float32: 1e-2}
+_CEILING = 0.1
 
 
 def relative_l2(candidate: Tensor, reference: Tensor) -> float:
@@ -52,7 +56,8 @@ def noise_bound(dtype: torch.dtype, own_error: float = 0.0) -> float:
         own_error: rel-L2 error of the *original* in that dtype and backend against its float64 run;
             NaN (the original itself breaks in that dtype) gives a NaN bound, which nothing passes.
             In float64, where nothing wider can judge, it is the original's response to a change of
-            its input by one ulp, and the bound is never below 1e-12.
+            its input by one ulp, and the bound is never below 1e-12. Above a ceiling (1e-2 in float32,
+            0.1 in half precision) the bound is NaN too: `unprovable` says so.
 
     >>> noise_bound(torch.float32) == 4 * torch.finfo(torch.float32).eps
     True
@@ -60,7 +65,24 @@ def noise_bound(dtype: torch.dtype, own_error: float = 0.0) -> float:
     0.004
     """
     eps = torch.finfo(dtype).eps
-    if own_error != own_error:
-        return own_error
+    if unprovable(dtype, own_error):
+        return float("nan")
     bound = NOISE_FACTOR * max(eps, own_error)
     return max(bound, FLOAT64_FLOOR) if dtype == torch.float64 else bound
+
+
+def unprovable(dtype: torch.dtype, own_error: float) -> str:
+    """Say why an original is no yardstick in a dtype; empty where it is one.
+
+    >>> unprovable(torch.float32, 0.5)
+    'the original itself is off by 0.5 from its float64 run: nothing can be proved in float32'
+    >>> unprovable(torch.float32, 1e-6)
+    ''
+    """
+    if own_error <= _CEILINGS.get(dtype, _CEILING):
+        return ""
+    name = str(dtype).removeprefix("torch.")
+    return (
+        f"the original itself is off by {own_error:.2g} from its float64 run: nothing can be proved "
+        f"in {name}"
+    )

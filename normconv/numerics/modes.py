@@ -1,26 +1,33 @@
-"""Running a model so that a second run gives the same: eval mode, no gradients, fixed seed."""
+"""Running a model so that a second run gives the same, and so that nothing of it is left behind."""
 
 from __future__ import annotations
 
+import copy
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-__all__ = ["evaluating", "in_training_mode"]
+__all__ = ["evaluating", "in_training_mode", "state_kept"]
 
 _SEED = 0
+_CONTAINERS = (list, dict, set, deque)
+_OWN = frozenset(nn.Module().__dict__) - {"training"}
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode, without gradients and with a fixed seed; restore everything after.
+    """Put the model in eval mode, without gradients and autocast and with a fixed seed.
 
-    The training flag is restored module by module: a model with frozen parts has mixed flags.
+    Everything is restored after: flags module by module (a model with frozen parts has mixed ones),
+    buffers and attributes that the forward writes to, the random state.
     """
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
-    with _flags_kept(model), torch.no_grad(), torch.random.fork_rng(devices=devices):
+    with state_kept(model), torch.no_grad(), torch.random.fork_rng(devices=devices):
         model.eval()
         torch.manual_seed(_SEED)
         yield
@@ -28,17 +35,63 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def in_training_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model in training mode; restore each module's flag after."""
-    with _flags_kept(model):
+    """Put the model in training mode; restore flags, buffers and attributes after."""
+    with state_kept(model):
         model.train()
         yield
 
 
 @contextmanager
-def _flags_kept(model: nn.Module) -> Iterator[None]:
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
+def state_kept(model: nn.Module) -> Iterator[None]:
+    """Undo what running or tracing a model leaves on it, and keep autocast out.
+
+    A forward may count, or fill a cache on first use; under a trace such a cache fills with fake
+    tensors and proxies. Attributes, containers among them, and buffers come back as they were.
+    Autocast casts weights behind a trace's back and caches what it cast.
+    """
+    attributes = [(module, dict(module.__dict__)) for module in model.modules()]
+    stores = [
+        (store, dict(store))
+        for module in model.modules()
+        for store in (module._parameters, module._buffers, module._modules)
+    ]
+    containers = [
+        (value, copy.copy(value))
+        for _, kept in attributes
+        for name, value in kept.items()
+        if name not in _OWN and type(value) in _CONTAINERS
+    ]
+    buffers = [
+        (buffer, buffer.detach().clone())
+        for buffer in model.buffers()
+        if not buffer.is_meta and not is_lazy(buffer)
+    ]
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        try:
+            yield
+        finally:
+            for module, kept in attributes:
+                module.__dict__.clear()
+                module.__dict__.update(kept)
+            for store, entries in stores:
+                _refill(store, entries)
+            for container, entries in containers:
+                _refill(container, entries)
+            _restore(buffers)
+
+
+def _refill(container: Any, entries: Any) -> None:
+    container.clear()
+    if isinstance(container, (list, deque)):
+        container.extend(entries)
+    else:
+        container.update(entries)
+
+
+def _restore(buffers: list[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for buffer, kept in buffers:
+            if not torch.equal(buffer, kept):
+                buffer.copy_(kept)

@@ -82,6 +82,10 @@ class Recipe:
         Raises:
             UsageError: options together with rules that carry their own.
         """
+        include = (include,) if isinstance(include, str) else tuple(include)
+        exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        if not isinstance(to, (str, Rule, Recipe, Sequence)):
+            raise UsageError(f"a target is a name, rules or a Recipe, not {to!r}")
         if isinstance(to, str):
             wanted = tuple(Rule(to, match=glob, options=dict(options or {})) for glob in include)
             rules = wanted or (Rule(to, options=dict(options or {})),)
@@ -122,7 +126,7 @@ class Recipe:
             if any(rule.matches(site, op) for site, op in sites):
                 continue
             names = [site for site, _ in sites]
-            near = get_close_matches(rule.match, names, n=1, cutoff=0.0)
+            near = get_close_matches(rule.match.strip("*?."), names, n=1, cutoff=0.0)
             way_out = f"nearest site: '{near[0]}'" if near else "the model has no site"
             problems.append(Problem(f"rule {number} ({rule})", "matches no site", way_out))
         if problems:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from normconv.graph import is_norm
-from normconv.numerics import evaluating, noise_bound, relative_l2
+from normconv.numerics import evaluating, noise_bound, relative_l2, unprovable
 from normconv.plan import Step
 from normconv.proof.outputs import cast_inputs, flat_outputs, run_in
 from normconv.proof.recorder import record_outputs
@@ -51,6 +51,7 @@ class _Run:
 
     outputs: dict[str, Tensor]
     sites: dict[str, list[Tensor]]
+    failure: str = ""
 
 
 def prove(
@@ -134,7 +135,11 @@ def _runs(
         own = _run(original, inputs, names, training)
         wide = cast_inputs(inputs, torch.float64)
         reference = run_in(original, torch.float64, lambda m: _run(m, wide, names, training))
-    return _Runs(reference, [own], _run(candidate, inputs, places, training), again)
+    try:
+        made = _run(candidate, inputs, places, training)
+    except Exception as reason:  # the forward is the user's, and may need what the norm had
+        made = _Run({}, {}, f"it raises {type(reason).__name__}: {reason}")
+    return _Runs(reference, [own], made, again)
 
 
 def _judged(
@@ -234,6 +239,8 @@ def _output_checks(runs: _Runs, dtype: torch.dtype) -> list[Check]:
         return [
             Check("outputs", False, detail="the model returns no tensor that could be compared")
         ]
+    if runs.candidate.failure:
+        return [Check("the converted model runs", False, detail=runs.candidate.failure)]
     if list(expected) != list(got):
         detail = f"the original returns {list(expected)}, the converted model {list(got)}"
         return [Check("outputs", False, detail=detail)]
@@ -244,9 +251,13 @@ def _output_checks(runs: _Runs, dtype: torch.dtype) -> list[Check]:
             shapes = f"{tuple(got[name].shape)} instead of {tuple(reference.shape)}"
             checks.append(Check(name, False, detail=f"shape {shapes}"))
             continue
+        if not reference.numel():
+            checks.append(Check(name, False, detail="it has no elements to compare"))
+            continue
         error = relative_l2(got[name], reference)
-        detail = "" if own == own else "the original's own output is not finite"
-        checks.append(Check.at_most(name, error, noise_bound(dtype, own), detail))
+        way_out = "prove it in float64: convert model.double()" if unprovable(dtype, own) else ""
+        bound = noise_bound(dtype, own)
+        checks.append(Check.at_most(name, error, bound, unprovable(dtype, own), way_out))
     return checks
 
 
@@ -254,7 +265,7 @@ def _site_row(step: Step, runs: _Runs, dtype: torch.dtype) -> SiteRow:
     """Compare a site at its own output; the worst of its calls counts."""
     every = (runs.reference, runs.candidate, *runs.own)
     calls = [run.sites.get(step.site, []) for run in every]
-    if len({len(outputs) for outputs in calls}) != 1 or not calls[0]:
+    if len({len(outputs) for outputs in calls}) != 1 or not any(o.numel() for o in calls[0]):
         return replace(step.row(), error=float("nan"), bound=float("nan"))
     error = bound = 0.0
     for reference, candidate, *owns in zip(*calls, strict=True):
@@ -271,11 +282,16 @@ def _site_checks(rows: tuple[SiteRow, ...]) -> list[Check]:
     measured = [row for row in rows if row.error is not None and row.bound is not None]
     failed = [row for row in measured if _missed(row)]
     if failed:
-        return [
-            Check.at_most(f"site {row.site}", row.error, row.bound, row.action)  # type: ignore[arg-type]
-            for row in failed
-        ]
+        return [_site_failure(row) for row in failed]
     return [Check("every site at its own output", True, detail=f"{len(measured)} sites compared")]
+
+
+def _site_failure(row: SiteRow) -> Check:
+    error, bound = row.error or 0.0, row.bound or 0.0
+    detail = row.action
+    if error != error and bound != bound:
+        detail += ": it is not called as often as in the original, or with nothing to compare"
+    return Check.at_most(f"site {row.site}", error, bound, detail)
 
 
 def _sight(outputs: Mapping[str, Tensor]) -> tuple[float | None, tuple[str, ...]]:

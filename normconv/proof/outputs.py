@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from normconv.errors import NormconvError, Problem, Refused
 from normconv.layers import copy_model
 from normconv.numerics import evaluating
 from normconv.proof.widening import computing_in
@@ -96,9 +97,36 @@ def run_in(model: nn.Module, dtype: torch.dtype, run: Callable[[nn.Module], Valu
         model: left as it was.
         dtype: a floating dtype.
         run: called once, or twice when a module reads another's tensors.
+
+    Raises:
+        Refused: the model cannot compute in `dtype`, nor can a copy of it that is cast.
     """
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # for the tensors that a forward makes
     try:
-        with computing_in(model, dtype):
-            return run(model)
-    except RuntimeError:  # torch's dtype mismatches have no class of their own
-        return run(copy_model(model).to(dtype))
+        try:
+            with computing_in(model, dtype):
+                return run(model)
+        except (
+            Exception
+        ):  # torch's dtype mismatches have no class of their own, nor have the user's
+            return run(_cast_copy(model, dtype))
+    except NormconvError:
+        raise
+    except Exception as reason:
+        name = str(dtype).removeprefix("torch.")
+        what = f"it cannot be run in {name}, which judges ({type(reason).__name__}: {reason})"
+        way_out = "let its forward follow the input's dtype; apply_plan converts without a proof"
+        raise Refused(Problem(type(model).__name__, what, way_out)) from reason
+    finally:
+        torch.set_default_dtype(default)
+
+
+def _cast_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy in `dtype`, with the tensors that are plain attributes."""
+    twin = copy_model(model).to(dtype)
+    for module in twin.modules():
+        for name, value in module.__dict__.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                module.__dict__[name] = value.to(dtype)
+    return twin

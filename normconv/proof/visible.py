@@ -41,12 +41,11 @@ def randomise_norms_(
         seed: of the random moves.
     """
     generator = torch.Generator().manual_seed(seed)
-    done: set[nn.Module] = set()
+    done: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
 
     def fit(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
         if norm not in done and inputs and isinstance(inputs[0], Tensor):
-            done.add(norm)
-            _randomise_(norm, inputs[0], generator)
+            done[norm] = _randomise_(norm, inputs[0], generator)
 
     norms = [module for module in model.modules() if is_norm(module)]
     handles = [norm.register_forward_pre_hook(fit) for norm in norms]
@@ -59,12 +58,19 @@ def randomise_norms_(
     finally:
         for handle in handles:
             handle.remove()
+    # The pass restores the buffers it finds changed: these changes are meant.
+    with torch.no_grad():
+        for tensor, value in [pair for pairs in done.values() for pair in pairs]:
+            tensor.copy_(value)
 
 
-def _randomise_(norm: nn.Module, x: Tensor, generator: torch.Generator) -> None:
+def _randomise_(
+    norm: nn.Module, x: Tensor, generator: torch.Generator
+) -> list[tuple[Tensor, Tensor]]:
+    """Set a norm's tensors; return them with what they were set to."""
     state = norm_state(norm)
     if not isinstance(state, NormState):
-        return
+        return []
 
     def normal() -> Tensor:
         return torch.randn(state.channels, generator=generator, dtype=torch.float64)
@@ -87,6 +93,8 @@ def _randomise_(norm: nn.Module, x: Tensor, generator: torch.Generator) -> None:
             state.weight.copy_((0.5 + uniform()) * sign * alive)
         if state.bias is not None:
             state.bias.copy_(0.2 * normal())
+    changed = (state.mean, state.var, state.weight, state.bias)
+    return [(tensor, tensor.detach().clone()) for tensor in changed if tensor is not None]
 
 
 def blind_sites(

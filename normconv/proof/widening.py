@@ -37,7 +37,9 @@ def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     try:
         for module in model.modules():
             if swap.concerns(module):
-                handles.append(module.register_forward_pre_hook(swap.widen, prepend=True))
+                handles.append(
+                    module.register_forward_pre_hook(swap.widen, prepend=True, with_kwargs=True)
+                )
                 handles.append(module.register_forward_hook(swap.restore, always_call=True))
         yield
     finally:
@@ -58,15 +60,13 @@ class _Swap:
     def _is_narrow(self, tensor: Tensor | None) -> bool:
         return tensor is not None and tensor.is_floating_point() and tensor.dtype != self._dtype
 
-    def widen(self, module: nn.Module, args: Any) -> Any:
+    def widen(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         self._depth[module] += 1
         # A model that casts inside (`x.float() / 255`) feeds its own dtype: it is exact in a wider one.
-        args = tuple(
-            a.to(self._dtype) if isinstance(a, Tensor) and a.is_floating_point() else a
-            for a in args
-        )
+        args = tuple(self._wide(value) for value in args)
+        kwargs = {name: self._wide(value) for name, value in kwargs.items()}
         if self._depth[module] > 1:
-            return args
+            return args, kwargs
         kept = self._kept.setdefault(module, [])
         for store in _stores(module):
             for name, tensor in store.items():
@@ -74,7 +74,11 @@ class _Swap:
                     kept.append((store, name, tensor))
                     wide = tensor.detach().to(self._dtype)
                     store[name] = nn.Parameter(wide, False) if store is module._parameters else wide
-        return args
+        return args, kwargs
+
+    def _wide(self, value: Any) -> Any:
+        is_float = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(self._dtype) if is_float else value
 
     def restore(self, module: nn.Module, args: Any, output: Any) -> None:
         self._depth[module] -= 1

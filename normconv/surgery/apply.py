@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
 from torch import fx, nn
 
 from normconv.errors import PlanError, Problem
+from normconv.graph import Names, norm_names
 from normconv.graph.passes import DropIdentities
 from normconv.graph.rewrite import empty_slot_
 from normconv.layers import copy_model, layout_of
@@ -77,6 +79,7 @@ def _carry_out(model: nn.Module, plan: Plan) -> None:
 
 def _check_fit(model: nn.Module, plan: Plan) -> None:
     problems = [problem for step in plan.steps for problem in _step_problems(model, step)]
+    problems += _coverage_problems(model, plan)
     if not problems and fingerprint(model) != plan.fingerprint:
         problems = [
             Problem(
@@ -88,6 +91,24 @@ def _check_fit(model: nn.Module, plan: Plan) -> None:
         ]
     if problems:
         raise PlanError(problems)
+
+
+def _coverage_problems(model: nn.Module, plan: Plan) -> list[Problem]:
+    """Every norm has one step: a step left out of an edited plan would keep a norm in silence."""
+    known = Names(model)
+    planned = Counter(
+        known.canonical(name)
+        for step in plan.steps
+        for name in (step.site, *step.aliases)
+        if known.known(name)
+    )
+    counted = {name: 1 + len(known.aliases(name)) for name in planned}
+    twice = [name for name, times in planned.items() if times > counted[name]]
+    missing = [name for name in norm_names(model) if name not in planned]
+    return [Problem(name, "two steps of the plan speak of it", "leave one") for name in twice] + [
+        Problem(name, "no step of the plan speaks of this norm", "give it one with action 'keep'")
+        for name in missing
+    ]
 
 
 def _producer_problem(model: nn.Module, step: Step, name: str) -> Problem | None:
@@ -116,6 +137,12 @@ def _step_problems(model: nn.Module, step: Step) -> list[Problem]:
         )
     if problems:
         return [problem for problem in problems if problem is not None]
+    if step.action == "drop" and step.phase != "none":
+        problems.append(Problem(step.site, "the plan drops a norm that is called", "keep it"))
+    if len(set(step.producers)) != len(step.producers):
+        problems.append(
+            Problem(step.site, "the plan folds it twice into one layer", "name it once")
+        )
     if step.action not in ("keep", "drop"):
         able = make_target(step.target, step.options).actions
         if step.action not in able:

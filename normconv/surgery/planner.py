@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from normconv.errors import PlanError, Problem
-from normconv.graph import Site, Survey, is_norm, survey
-from normconv.plan import KEEP, Plan, Recipe, Rule, Step
+from normconv.errors import PlanError, Problem, UsageError
+from normconv.graph import Site, Survey, is_norm, survey, untouched_defaults
+from normconv.plan import KEEP, Plan, Recipe, Rule, Step, history_of
 from normconv.surgery.identity import fingerprint
 from normconv.surgery.wrappers import refuse_wrapped
 from normconv.targets import make_target
 
-__all__ = ["make_plan"]
+__all__ = ["checked_inputs", "make_plan"]
 
 
 def make_plan(
@@ -54,6 +54,7 @@ def make_plan(
     >>> [(step.site, step.action, step.producers) for step in plan.steps]
     [('1', 'fold', ('0',))]
     """
+    args, kwargs = checked_inputs(model, example_inputs, example_kwargs)
     recipe = Recipe.of(to, include=include, exclude=exclude, options=options)
     for rule in recipe.rules:
         if rule.to != KEEP:
@@ -76,15 +77,9 @@ def make_plan(
                 type(model).__name__, "the model is itself a norm", "wrap it: nn.Sequential(model)"
             )
         )
-    found = survey(model, example_inputs, example_kwargs)
+    found = survey(model, args, kwargs)
     if not found.sites and not found.functional_norms:
-        raise PlanError(
-            Problem(
-                type(model).__name__,
-                "it has no BatchNorm nor any other norm with running statistics",
-                "`normconv inspect` shows what is in it",
-            )
-        )
+        raise PlanError(_nothing_to_do(model))
     recipe.check_used([(site.name, site.op) for site in found.sites])
     problems: list[Problem] = _functional_problems(found)
     steps = [_step(site, recipe, drop_unreached, problems) for site in found.sites]
@@ -96,7 +91,44 @@ def make_plan(
         fingerprint=fingerprint(model),
         capture=found.method,
         targets=recipe.targets,
-        notes=(*_notes(found), *(f"kept: {problem}" for problem in problems)),
+        notes=(
+            *_notes(found),
+            *_assumptions(model, args, kwargs),
+            *(f"kept: {problem}" for problem in problems),
+        ),
+    )
+
+
+def checked_inputs(
+    model: object, args: Any, kwargs: Mapping[str, Any] | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Take one tensor for a tuple of one, and refuse what is no model.
+
+    Raises:
+        UsageError: the model is no `nn.Module`.
+    """
+    if not isinstance(model, nn.Module):
+        ways = {
+            "str": "load it: nc.load(path)",
+            "ExportedProgram": "convert the model it came from",
+        }
+        way_out = ways.get(type(model).__name__, "")
+        raise UsageError(Problem("model", f"it is a {type(model).__name__}, no nn.Module", way_out))
+    args = (args,) if isinstance(args, Tensor) else tuple(args or ())
+    return args, dict(kwargs or {})
+
+
+def _nothing_to_do(model: nn.Module) -> Problem:
+    done = [entry["apply"] for entry in history_of(model) if "apply" in entry]
+    if done:
+        targets = ", ".join(dict.fromkeys(target for plan in done for target in plan["targets"]))
+        what = f"it is converted already ({targets}, {len(done[-1]['steps'])} sites)"
+        way_out = "convert the original for another target; nc.fold(model) gives plain weights"
+        return Problem(type(model).__name__, what, way_out)
+    return Problem(
+        type(model).__name__,
+        "it has no BatchNorm nor any other norm with running statistics",
+        "`normconv inspect` shows what is in it",
     )
 
 
@@ -157,6 +189,16 @@ def _functional_problems(found: Survey) -> list[Problem]:
         )
         for name in found.functional_norms
     ]
+
+
+def _assumptions(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[str, ...]:
+    fixed = untouched_defaults(model, args, kwargs)
+    if not fixed:
+        return ()
+    values = ", ".join(f"{name}={value!r}" for name, value in fixed.items())
+    return (f"the dataflow was judged for {values}; example_kwargs= covers other values",)
 
 
 def _notes(found: Survey) -> list[str]:

@@ -61,4 +61,14 @@ def options_of(kind: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:
     if unknown:
         way_out = f"it has {known}" if known else "it has none"
         raise UsageError(Problem(f"target {kind.name}", f"no option {unknown}", way_out))
+    wrong = [
+        f"{name}={options[name]!r}"
+        for name, kinds in ((entry.name, _KINDS[str(entry.type)]) for entry in fields(kind))
+        if name in options and not isinstance(options[name], kinds)
+    ]
+    if wrong:
+        raise UsageError(Problem(f"target {kind.name}", f"{', '.join(wrong)} is of the wrong type"))
     return dict(options)
+
+
+_KINDS: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str}

@@ -198,7 +198,7 @@ def test_capture_falls_back_and_remembers_why() -> None:
 def test_capture_failure_tells_all_ways_and_shapes() -> None:
     with pytest.raises(CaptureError) as caught:
         capture(ZOO["conv2d"].build(), (torch.zeros(2, 5, 6, 6),))
-    assert [p.where for p in caught.value.problems] == ["Sequential (fx)", "Sequential (export)"]
+    assert [p.where for p in caught.value.problems] == ["Sequential (fx and export)"]
     assert all("(2, 5, 6, 6)" in p.way_out for p in caught.value.problems)
 
 
