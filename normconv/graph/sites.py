@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from types import CellType, FunctionType, MethodType
 from typing import Any, Literal
 
 from torch import nn
@@ -25,6 +23,7 @@ from normconv.graph.families import (
     norm_state,
     trailing_of,
 )
+from normconv.graph.hidden import hidden_references
 from normconv.graph.names import Names
 from normconv.graph.probe import absorbs_affine, is_affine_then_children
 from normconv.layers import Reparametrised, kind_of, layout_of
@@ -182,7 +181,7 @@ class _Judge:
         self._graph = graph
         self._other = other
         self._names = Names(model)
-        self._hidden = _hidden_references(model)
+        self._hidden = hidden_references(model)
 
     def site(self, name: str, phase: Phase) -> Site:
         norm = self._model.get_submodule(name)
@@ -301,51 +300,6 @@ class _Judge:
             if difference := absorbs_affine(layer, shape):
                 return f"{name} ({type(layer).__name__}): {difference}"
         return ""
-
-
-def _held_by_function(function: Any) -> list[Any]:
-    """What a function closes over or is bound to; deepcopy and edits do not reach it."""
-    if isinstance(function, partial):
-        return [function.func, *function.args, *function.keywords.values()]
-    if isinstance(function, MethodType):
-        return [function.__self__, *_held_by_function(function.__func__)]
-    if not isinstance(function, FunctionType):
-        return []
-    cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
-    return [value for value in cells if isinstance(value, (nn.Module, list, tuple, dict))]
-
-
-def _is_filled(cell: CellType) -> bool:
-    try:
-        _ = cell.cell_contents
-    except ValueError:
-        return False
-    return True
-
-
-def _hidden_references(model: nn.Module) -> dict[int, str]:
-    """Modules that lists, dicts and functions on some module hold: an edit would not reach those."""
-    found: dict[int, str] = {}
-
-    def look(value: Any, where: str) -> None:
-        if isinstance(value, nn.Module):
-            found.setdefault(id(value), where)
-        elif isinstance(value, Mapping):
-            for item in value.values():
-                look(item, where)
-        elif isinstance(value, (list, tuple, set)):
-            for item in value:
-                look(item, where)
-        elif isinstance(value, (FunctionType, MethodType, partial)):
-            for item in _held_by_function(value):
-                look(item, where)
-
-    inner = nn.Module().__dict__.keys()
-    for path, module in model.named_modules():
-        for name, value in module.__dict__.items():
-            if name not in inner:
-                look(value, f"{path}.{name}" if path else name)
-    return found
 
 
 def _overrides_forward(layer: nn.Module) -> bool:

@@ -20,6 +20,8 @@ from normconv.targets import make_target
 
 __all__ = ["Result", "apply_plan"]
 
+_LISTED = 5  # problems of a plan that does not fit; more say nothing new
+
 
 class Result(NamedTuple):
     """What every verb that makes a model returns.
@@ -89,6 +91,10 @@ def _check_fit(model: nn.Module, plan: Plan) -> None:
                 "make a new plan for this model",
             )
         ]
+    if len(problems) > _LISTED:
+        what = f"the plan is for {plan.model} ({len(plan.steps)} norms), this is {type(model).__name__}"
+        rest = Problem("", f"{len(problems) - _LISTED} more of the kind")
+        problems = [Problem("plan", what, "make a plan for it"), *problems[:_LISTED], rest]
     if problems:
         raise PlanError(problems)
 
