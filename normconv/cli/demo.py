@@ -63,7 +63,7 @@ def show(console: Console, stages: Stages, out: Path) -> None:
 
 def _closing_table(console: Console, rows: tuple[Row, ...]) -> None:
     console.rule("[bold]what became of the network")
-    made = table(["model", "accuracy", "error vs float64", "norm nodes", "ms / 64 images", "file"])
+    made = table(["model", "accuracy", "error vs float64", "norm nodes", "ms / 64", "file"])
     for row in rows:
         made.add_row(
             row.name,
