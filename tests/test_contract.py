@@ -85,17 +85,14 @@ def skip_where_graphs_do_not_pickle(model: nn.Module) -> None:
             pytest.skip(f"this torch cannot pickle the traced original ({reason})")
 
 
-def each(wanted: str, *, bugs: bool = False) -> Any:
+def each(wanted: str) -> Any:
     """Parametrize over the cases that convert, or are refused, and the targets."""
-    found = []
-    for name, case in ZOO.items():
-        if case.converts != (wanted == "converts"):
-            continue
-        for target in NAMES:
-            broken = bool(case.bug) and target in case.bug_for
-            marks = [pytest.mark.xfail(strict=True, reason=case.bug)] if broken else []
-            if bugs or not case.bug:
-                found.append(pytest.param(name, target, marks=marks, id=f"{name}-{target}"))
+    found = [
+        pytest.param(name, target, id=f"{name}-{target}")
+        for name, case in ZOO.items()
+        if case.converts == (wanted == "converts")
+        for target in NAMES
+    ]
     return pytest.mark.parametrize(("name", "target"), found)
 
 
@@ -146,7 +143,7 @@ def assert_same_state(a: nn.Module, b: nn.Module) -> None:
 # --- refused --------------------------------------------------------------------------------------
 
 
-@each("refused", bugs=True)
+@each("refused")
 def test_refusal_names_reason_and_way_out_and_changes_nothing(name: str, target: str) -> None:
     case, model = ZOO[name], original_of(name)
     before = snapshot(model)
@@ -179,7 +176,7 @@ def test_without_strict_a_refused_site_is_kept_and_listed(target: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-@each("converts", bugs=True)
+@each("converts")
 def test_actions_are_the_expected_ones_and_the_proof_holds(name: str, target: str) -> None:
     done = converted(name, target)
     assert done.plan.counts() == done.case.counts(target)
@@ -389,7 +386,7 @@ def test_plan_survives_json(name: str, target: str) -> None:
     assert Plan.from_json(Plan.from_json(plan.to_json()).to_json()).to_json() == plan.to_json()
 
 
-@pytest.mark.parametrize("name", [n for n, c in ZOO.items() if c.converts and not c.bug])
+@pytest.mark.parametrize("name", [n for n, c in ZOO.items() if c.converts])
 def test_folded_weight_norm_is_the_plain_result(name: str) -> None:
     weight_normed, plain = converted(name, "wn"), converted(name, "plain")
     left, right = (
@@ -426,7 +423,7 @@ def test_folding_keeps_the_function(name: str, target: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [name for name, case in ZOO.items() if case.converts and not case.bug],
+    [name for name, case in ZOO.items() if case.converts],
 )
 def test_both_captures_tell_the_same(name: str) -> None:
     case, model = ZOO[name], original_of(name)

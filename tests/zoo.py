@@ -44,8 +44,6 @@ class Case:
         graph: convert what `to_graph` makes of it.
         couples: its samples see each other by its own doing (not by a norm).
         float64: whether the model runs in float64 when it is cast to it.
-        bug: a known defect that keeps the case from what it asks for.
-        bug_for: the targets it shows with.
     """
 
     factory: Callable[[], nn.Module]
@@ -64,8 +62,6 @@ class Case:
     graph: bool = False
     couples: bool = False
     float64: bool = True
-    bug: str = ""
-    bug_for: tuple[str, ...] = ("wn", "plain", "frozen")
 
     @property
     def converts(self) -> bool:
