@@ -241,8 +241,7 @@ def out_path(source: str, suffix: str, out: Path | None) -> Path:
         return out
     path = Path(source)
     if not path.exists() and ":" in source:
-        path = Path(source.rpartition(":")[2]).name  # type: ignore[assignment]
-        return Path(f"{path}{suffix}")
+        return Path(Path(source.rpartition(":")[2]).name + suffix)
     return path.with_name(f"{path.stem}{suffix}")
 
 

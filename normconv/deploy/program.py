@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import logging
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +16,12 @@ from torch.utils import _pytree as pytree
 
 from normconv.deploy.compare import onnx_name
 from normconv.errors import CaptureError, Problem
+from normconv.graph.quiet import quiet
 from normconv.proof.outputs import flat_outputs
 
 __all__ = ["Program", "batch_size", "named_inputs", "resized", "to_onnx"]
 
 _BATCH = "batch"
-_LOGGERS = ("torch", "torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir", "onnx")
 # Both become BatchNormalization nodes: an instance norm with running statistics does too.
 _BATCH_NORMS = ("batch_norm", "instance_norm")
 
@@ -170,7 +168,7 @@ def _translate(
     opset: int,
     note: str,
 ) -> Program:
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         captured = torch.export.export(
             model,
             args,
@@ -277,18 +275,3 @@ def _summary(error: BaseException) -> str:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's warnings and logging off the terminal."""
-    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
-    try:
-        for name in _LOGGERS:
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)

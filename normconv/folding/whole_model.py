@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normconv.errors import Problem
@@ -17,7 +17,7 @@ from normconv.folding.torch_weight_norm import (
     parametrized_names,
 )
 from normconv.graph import capture, judge
-from normconv.graph.passes import DropIdentities
+from normconv.graph.passes import settle_
 from normconv.graph.rewrite import absorb_norm_
 from normconv.layers import ChannelAffine, Reparametrised, copy_model, fold_layer_
 from normconv.numerics import evaluating
@@ -64,9 +64,7 @@ def fold(
     absorbed: list[dict[str, Any]] = []
     if example_inputs is not None:
         absorbed = _fold_affines_(twin, example_inputs, example_kwargs or {})
-    if isinstance(twin, fx.GraphModule):
-        DropIdentities()(twin)
-        twin.recompile()
+    settle_(twin)
     if history_of(model) and (rows or absorbed):
         record(twin, {"fold": {"absorbed": absorbed}})
     counts = Counter(row.action for row in rows)

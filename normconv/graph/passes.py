@@ -34,6 +34,7 @@ __all__ = [
     "PassResult",
     "PlainPass",
     "WeightNormPass",
+    "settle_",
 ]
 
 
@@ -126,6 +127,13 @@ class DropIdentities(GraphPass):
                 gm.graph.erase_node(node)
                 modified = True
         return modified
+
+
+def settle_(model: nn.Module) -> None:
+    """Bring a GraphModule in line with edits of its modules; other modules need nothing."""
+    if isinstance(model, fx.GraphModule):
+        DropIdentities()(model)
+        model.recompile()
 
 
 class FunctionalNormsToModules(GraphPass):

@@ -91,8 +91,8 @@ def survey(
 ) -> Survey:
     """Find and judge every norm of a model.
 
-    Norms that eval mode never calls (auxiliary heads) are looked for in a training-mode capture of a
-    copy.
+    Norms that eval mode never calls (auxiliary heads) are looked for in a capture in
+    training mode.
 
     Raises:
         CaptureError: the model could not be captured in eval mode.

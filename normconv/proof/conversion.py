@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from normconv.graph import is_norm
 from normconv.numerics import evaluating, noise_bound, relative_l2, unprovable
 from normconv.plan import Step
-from normconv.proof.outputs import cast_inputs, flat_outputs, run_in
+from normconv.proof.outputs import cast_inputs, flat_outputs, map_floats, run_in
 from normconv.proof.recorder import record_outputs
 from normconv.report import Check, SiteRow
 
@@ -64,7 +64,7 @@ def prove(
     """Compare two models in eval mode on the same inputs; neither is changed.
 
     Args:
-        original: the reference; a copy of it runs in float64.
+        original: the reference; it is run in float64 as well.
         candidate: of the same dtype.
         steps: the plan's steps: the sites to compare at their own output.
         args: positional inputs in the models' dtype.
@@ -124,7 +124,7 @@ def _runs(
     training: bool,
 ) -> _Runs:
     names = {step.site: (step.site,) for step in steps}
-    places = {step.site: _place(candidate, step) for step in steps}
+    places = _places(candidate, steps)
 
     def again() -> _Run:
         return _run(original, _one_ulp_up(inputs), names, training)
@@ -162,17 +162,16 @@ def _missed(row: SiteRow) -> bool:
     return row.error is None or row.bound is None or not row.error <= row.bound
 
 
-def _place(candidate: nn.Module, step: Step) -> tuple[str, ...]:
-    """Where the site's output is to be seen in the candidate: the slot, or what feeds it.
+def _places(candidate: nn.Module, steps: Sequence[Step]) -> dict[str, tuple[str, ...]]:
+    """Where each site's output is to be seen in the candidate: the slot, or what feeds it.
 
     A pass over a GraphModule takes empty slots out of the graph; the producers' outputs are then the
     site's.
     """
-    called = True
-    graph = getattr(candidate, "graph", None)
-    if isinstance(candidate, torch.fx.GraphModule) and graph is not None:
-        called = any(n.op == "call_module" and n.target == step.site for n in graph.nodes)
-    return (step.site,) if called else step.producers
+    if not isinstance(candidate, torch.fx.GraphModule):
+        return {step.site: (step.site,) for step in steps}
+    called = {node.target for node in candidate.graph.nodes if node.op == "call_module"}
+    return {s.site: (s.site,) if s.site in called else s.producers for s in steps}
 
 
 def _run(
@@ -205,16 +204,8 @@ def branches_training(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _one_ulp_up(inputs: Any) -> Any:
-    if isinstance(inputs, Tensor):
-        return (
-            inputs * (1 + torch.finfo(inputs.dtype).eps) if inputs.is_floating_point() else inputs
-        )
-    if isinstance(inputs, (list, tuple)):
-        return type(inputs)(_one_ulp_up(item) for item in inputs)
-    if isinstance(inputs, dict):
-        return {key: _one_ulp_up(item) for key, item in inputs.items()}
-    return inputs
+def _one_ulp_up(inputs: _Inputs) -> _Inputs:
+    return map_floats(lambda tensor: tensor * (1 + torch.finfo(tensor.dtype).eps), inputs)
 
 
 def _repeats(original: nn.Module, inputs: _Inputs, first: Mapping[str, Tensor]) -> Check:

@@ -8,13 +8,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from normconv.errors import NormconvError, Problem, Refused
 from normconv.layers import copy_model
 from normconv.numerics import evaluating
 from normconv.proof.widening import computing_in
 
-__all__ = ["cast_inputs", "evaluate", "flat_outputs", "run_in"]
+__all__ = ["cast_inputs", "evaluate", "flat_outputs", "map_floats", "run_in"]
 
 Value = TypeVar("Value")
 
@@ -47,17 +48,20 @@ def _walk(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
             yield from _walk(f"{name}.{entry.name}", getattr(value, entry.name))
 
 
-def cast_inputs(value: Any, dtype: torch.dtype) -> Any:
+def cast_inputs(value: Value, dtype: torch.dtype) -> Value:
     """Return nested inputs with every floating tensor in `dtype`; the rest as it is."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(cast_inputs(item, dtype) for item in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(cast_inputs(item, dtype) for item in value)
-    if isinstance(value, dict):
-        return {key: cast_inputs(item, dtype) for key, item in value.items()}
-    return value
+    return map_floats(lambda tensor: tensor.to(dtype), value)
+
+
+def map_floats(function: Callable[[Tensor], Tensor], value: Value) -> Value:
+    """Return nested inputs with the function applied to every floating tensor."""
+
+    def apply(leaf: Any) -> Any:
+        is_float = isinstance(leaf, Tensor) and leaf.is_floating_point()
+        return function(leaf) if is_float else leaf
+
+    mapped: Value = pytree.tree_map(apply, value)
+    return mapped
 
 
 def evaluate(

@@ -41,11 +41,6 @@ class Verdict:
     entries: dict[Global, Entry] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
-    @property
-    def trusted(self) -> list[Global]:
-        """The names that only the user's word allows."""
-        return [name for name, entry in self.entries.items() if entry.kind is Kind.TRUSTED]
-
     def globals_for_torch(self, trust: Trust) -> list[Any]:
         """Return the list for `torch.serialization.safe_globals`; imports the trusted names."""
         return [

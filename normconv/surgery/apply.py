@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple
 
-from torch import fx, nn
+from torch import nn
 
 from normconv.errors import PlanError, Problem
 from normconv.graph import Names, norm_names
-from normconv.graph.passes import DropIdentities
+from normconv.graph.passes import settle_
 from normconv.graph.rewrite import empty_slot_
 from normconv.layers import copy_model, layout_of
 from normconv.plan import Plan, Step, record
@@ -58,9 +58,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> Result:
     _check_fit(model, plan)
     twin = copy_model(model)
     _carry_out(twin, plan)
-    if isinstance(twin, fx.GraphModule):
-        DropIdentities()(twin)
-        twin.recompile()
+    settle_(twin)
     record(twin, {"apply": plan.to_dict()})
     return Result(twin, plan.report("apply"))
 
@@ -117,21 +115,21 @@ def _coverage_problems(model: nn.Module, plan: Plan) -> list[Problem]:
     ]
 
 
-def _producer_problem(model: nn.Module, step: Step, name: str) -> Problem | None:
+def _producer_problems(model: nn.Module, step: Step, name: str) -> list[Problem]:
     """What keeps a layer that a plan names from absorbing the norm, whatever feeds what."""
     layer = model.get_submodule(name)
     layout, weight = layout_of(layer), layer._parameters.get("weight")
     if layout is None or weight is None:
         what = f"it is a {type(layer).__name__} and cannot absorb {step.site}"
-        return Problem(name, what, "use action 'affine'")
+        return [Problem(name, what, "use action 'affine'")]
     if layout.channels(weight) != step.channels:
         what = f"it has {layout.channels(weight)} output channels, {step.site} {step.channels}"
-        return Problem(name, what, "use action 'affine'")
-    return None
+        return [Problem(name, what, "use action 'affine'")]
+    return []
 
 
 def _step_problems(model: nn.Module, step: Step) -> list[Problem]:
-    problems: list[Problem | None] = []
+    problems: list[Problem] = []
     for name in (step.site, *step.aliases, *step.producers):
         try:
             model.get_submodule(name)
@@ -142,7 +140,7 @@ def _step_problems(model: nn.Module, step: Step) -> list[Problem]:
             Problem(step.site, "the plan folds it into no layer", "use action 'affine'")
         )
     if problems:
-        return [problem for problem in problems if problem is not None]
+        return problems
     if step.action == "drop" and step.phase != "none":
         problems.append(Problem(step.site, "the plan drops a norm that is called", "keep it"))
     if len(set(step.producers)) != len(step.producers):
@@ -155,10 +153,11 @@ def _step_problems(model: nn.Module, step: Step) -> list[Problem]:
             what = f"target {step.target} cannot do '{step.action}'"
             problems.append(Problem(step.site, what, f"use one of {list(able)}"))
     if step.action == "fold":
-        problems += [_producer_problem(model, step, name) for name in step.producers]
+        for name in step.producers:
+            problems += _producer_problems(model, step, name)
     found = type(model.get_submodule(step.site)).__name__
     if found != step.norm:
         problems.append(
             Problem(step.site, f"the plan expects a {step.norm}, the model has a {found}")
         )
-    return [problem for problem in problems if problem is not None]
+    return problems
