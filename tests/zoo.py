@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,84 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-
-def x(*shape: int, seed: int = 0) -> Tensor:
-    """A random input, the same every time."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One model.
-
-    Args:
-        factory: makes it; weights are random under the global seed, the structure is always the same.
-        args: positional example inputs in float32, batch first, batch of at least 2.
-        kwargs: keyword example inputs.
-        fold: sites that `wn` and `plain` fold.
-        affine: sites that they leave as an affine map.
-        drop: sites whose slot is emptied.
-        refused: a word of the reason, where every target refuses.
-        plan: more options of `make_plan`.
-        dtype: of the model and its floating inputs.
-        after: changes values once the norms are randomised.
-        captures: the captures that must succeed on it.
-        pickles: whether the original can be pickled at all.
-        no_grad_of: parameters of the result that the training loss does not reach.
-        graph: convert what `to_graph` makes of it.
-        couples: its samples see each other by its own doing (not by a norm).
-        float64: whether the model runs in float64 when it is cast to it.
-    """
-
-    factory: Callable[[], nn.Module]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    fold: int = 0
-    affine: int = 0
-    drop: int = 0
-    refused: str = ""
-    plan: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    dtype: torch.dtype = torch.float32
-    after: Callable[[nn.Module], None] | None = None
-    captures: tuple[str, ...] = ("fx", "export")
-    pickles: bool = True
-    no_grad_of: tuple[str, ...] = ()
-    graph: bool = False
-    couples: bool = False
-    float64: bool = True
-
-    @property
-    def converts(self) -> bool:
-        """Whether the targets take it."""
-        return not self.refused
-
-    def inputs(self, dtype: torch.dtype | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Its inputs, fresh, in its own dtype or another."""
-        wanted = self.dtype if dtype is None and self.dtype != torch.float32 else dtype
-        return _cast(self.args, wanted), _cast(dict(self.kwargs), wanted)
-
-    def build(self, seed: int = 0) -> nn.Module:
-        """Make the model in its dtype."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = self.factory()
-            return model if self.dtype == torch.float32 else model.to(self.dtype)
-
-    def counts(self, target: str) -> dict[str, int]:
-        """How many sites get which action."""
-        sites = self.fold + self.affine
-        wanted = (
-            {"frozen": sites} if target == "frozen" else {"fold": self.fold, "affine": self.affine}
-        )
-        return {action: n for action, n in {**wanted, "drop": self.drop}.items() if n}
-
-
-def _cast(value: Any, dtype: torch.dtype | None) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(dtype, copy=True) if value.is_floating_point() else value.clone()
-    if isinstance(value, tuple):
-        return tuple(_cast(item, dtype) for item in value)
-    return {name: _cast(item, dtype) for name, item in value.items()}
+from tests.cases import Case as Case
+from tests.cases import x as x
+from tests.zoo_flows import FLOWS
 
 
 def _conv_bn(conv: nn.Module, norm: nn.Module, *rest: nn.Module) -> nn.Sequential:
@@ -911,7 +836,7 @@ ZOO: dict[str, Case] = {
     "linear_3d_square": Case(
         lambda: _conv_bn(nn.Linear(5, 4), nn.BatchNorm1d(4)), (x(2, 4, 5),), affine=1
     ),
-    "linear_3d_transposed": Case(AfterTranspose, (x(2, 3, 5),), affine=1),
+    "linear_3d_transposed": Case(AfterTranspose, (x(2, 3, 5),), fold=1),
     "lstm": Case(AfterLSTM, (x(2, 3, 5),), affine=1),
     # kinds and states of norms
     "affine_false": _norm2(lambda: nn.BatchNorm2d(4, affine=False)),
@@ -1011,11 +936,11 @@ ZOO: dict[str, Case] = {
     "in_place_between": Case(InPlaceBetween, (C2,), affine=1),
     "in_place_after": Case(InPlaceAfter, (C2,), fold=1),
     "view_of_input": Case(ViewOfInput, (C2,), affine=1),
-    "after_concat": Case(AfterConcat, (C2,), affine=1),
+    "after_concat": Case(AfterConcat, (C2,), fold=1),
     "after_add": Case(AfterAdd, (C2,), affine=1),
     "after_reshape": Case(AfterReshape, (C2,), affine=2),
     "after_input": Case(
-        lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)), (C2,), affine=1
+        lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)), (C2,), forward=1
     ),
     "after_max_pool": Case(
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.BatchNorm2d(4)),
@@ -1130,6 +1055,7 @@ ZOO: dict[str, Case] = {
     "inverted_residual_torchvision": Case(tv_block, (x(2, 4, 6, 6),), fold=3),
     "bottleneck_torchvision": Case(tv_bottleneck, (x(2, 8, 6, 6),), fold=3),
     "depthwise_separable_timm": Case(timm_depthwise_separable, (x(2, 4, 6, 6),), fold=2),
+    **FLOWS,
     "wrapped": Case(
         lambda: nn.DataParallel(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))),
         (C2,),

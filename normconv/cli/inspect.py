@@ -46,10 +46,13 @@ def inspect(
     for site in found.sites:
         shape = "x".join(map(str, site.shape or ()))
         fed = " + ".join(site.producers) or site.refusal or site.obstacle or "nothing calls it"
+        fed += f" -> {' + '.join(site.consumers)}" if site.consumers else ""
         made.add_row(site.name, site.norm, str(site.channels), shape, site.phase, fed)
     console.print(made)
     foldable = sum(bool(site.producers) for site in found.sites)
-    console.print(f"{len(found.sites)} norms, {foldable} can be folded into what feeds them")
+    forward = sum(bool(site.consumers) for site in found.sites)
+    more = f", {forward} into what they feed" if forward else ""
+    console.print(f"{len(found.sites)} norms, {foldable} can be folded into what feeds them{more}")
     for note in (
         *opened.loaded.notes,
         *(f"capture by {k}: {v}" for k, v in found.failures.items()),

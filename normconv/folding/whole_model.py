@@ -112,13 +112,29 @@ def _fold_affines_(
     with evaluating(model):
         graph = capture(model, args, kwargs)
     sites = judge(model, graph, "eval", wanted=lambda module: isinstance(module, ChannelAffine))
-    folded = [site for site in sites if site.producers]
-    entries = [
-        {"names": [site.name, *site.aliases], "producers": list(site.producers)} for site in folded
+    entries: list[dict[str, Any]] = [
+        {
+            "names": [site.name, *site.aliases],
+            "producers": list(site.producers),
+            "consumers": list(site.consumers),
+            "spans": list(site.spans),
+        }
+        for site in sorted(sites, key=lambda site: not site.consumers)
+        if site.producers or site.consumers
     ]
     for entry in entries:
-        absorb_norm_(model, entry["names"], entry["producers"])
+        _absorb_(model, entry)
     return entries
+
+
+def _absorb_(model: nn.Module, entry: Mapping[str, Any]) -> None:
+    absorb_norm_(
+        model,
+        entry["names"],
+        entry["producers"],
+        consumers=entry.get("consumers", ()),
+        spans=entry.get("spans", ()),
+    )
 
 
 def _left_over(model: nn.Module) -> list[Problem]:
@@ -149,6 +165,6 @@ def rebuild(model: nn.Module, history: list[dict[str, Any]]) -> nn.Module:
             for _ in _fold_weights_(model):
                 pass
             for absorbed in entry["fold"].get("absorbed", ()):
-                absorb_norm_(model, absorbed["names"], absorbed["producers"])
+                _absorb_(model, absorbed)
             record(model, entry)
     return model

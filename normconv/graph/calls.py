@@ -6,12 +6,12 @@ Both captures end here, and everything that judges dataflow reads only this.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-__all__ = ["Call", "CallGraph", "first_shape"]
+__all__ = ["LIKE", "Call", "CallGraph", "first_shape", "function_name"]
 
 CallKind = Literal["input", "module", "function", "attribute", "output"]
 
@@ -26,6 +26,9 @@ class Call:
         target: the module's first name, the function's name, or the attribute's path.
         inputs: indices of the calls whose outputs it takes, without repeats.
         shape: of its first output tensor, where the trace told it.
+        constant: its value, where that is traced and no tensor (a size, a tuple of sizes).
+        compute: computes it from the values of its inputs, by index; only for calls that hold no
+            parameters.
     """
 
     index: int
@@ -33,6 +36,10 @@ class Call:
     target: str
     inputs: tuple[int, ...] = ()
     shape: tuple[int, ...] | None = None
+    constant: Any = field(default=None, compare=False, repr=False)
+    compute: Callable[[Mapping[int, Any]], Any] | None = field(
+        default=None, compare=False, repr=False
+    )
 
     @property
     def reads_shape(self) -> bool:
@@ -81,6 +88,20 @@ class CallGraph:
             if call.kind == "module":
                 found[call.target].append(call)
         return {name: tuple(calls) for name, calls in found.items()}
+
+
+# Functions that take of their second argument only its shape, and what does the same with a shape.
+LIKE = {"reshape_as": "reshape", "view_as": "view", "expand_as": "expand"}
+
+
+def function_name(name: str, args: tuple[Any, ...]) -> str:
+    """Name a call of a function; a dropout of nothing has a name of its own.
+
+    >>> function_name("dropout", (None, 0.0, False)), function_name("dropout", (None, 0.5, False))
+    ('dropout of nothing', 'dropout')
+    """
+    drops_nothing = name == "dropout" and len(args) > 1 and args[1] == 0
+    return "dropout of nothing" if drops_nothing else name
 
 
 def first_shape(value: Any) -> tuple[int, ...] | None:

@@ -6,13 +6,13 @@ operators of one call of a norm or linear operator are put together again into o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
 
-from normconv.graph.calls import Call, CallGraph, CallKind, first_shape
+from normconv.graph.calls import LIKE, Call, CallGraph, CallKind, first_shape, function_name
 from normconv.graph.families import is_leaf
 from normconv.graph.names import Names
 from normconv.graph.quiet import quiet
@@ -94,7 +94,7 @@ class _Grouping:
         used = [
             index_of[key_of[source]]
             for node in nodes
-            for source in node.all_input_nodes
+            for source in _read_by(node)
             if source in key_of and key_of[source] != key
         ]
         first, last = nodes[0], nodes[-1]
@@ -113,7 +113,27 @@ class _Grouping:
             target,
             tuple(dict.fromkeys(used)),
             first_shape(last.meta.get("val")),
+            compute=None if isinstance(key, tuple) else _computation(first, index_of, key_of),
         )
+
+
+def _computation(
+    node: fx.Node, index_of: Mapping[Any, int], key_of: Mapping[fx.Node, Any]
+) -> Callable[[Mapping[int, Any]], Any] | None:
+    """Return what computes an operator from the values of its inputs."""
+    function: Any = node.target
+    if node.op != "call_function" or not callable(function):
+        return None
+    like = LIKE.get(_operator_name(node))
+    if like and len(node.args) == 2:
+        source, shape = node.args[0], first_shape(cast(fx.Node, node.args[1]).meta.get("val"))
+        return lambda values: getattr(values[index_of[key_of[cast(fx.Node, source)]]], like)(shape)
+
+    def compute(values: Mapping[int, Any]) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[index_of[key_of[n]]])
+        return function(*args, **kwargs)
+
+    return compute
 
 
 def _is_fixed_batch_norm(key: Any) -> bool:
@@ -125,6 +145,11 @@ def _is_fixed_batch_norm(key: Any) -> bool:
     )
 
 
+def _read_by(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values it takes, not only their shape."""
+    return node.all_input_nodes[:1] if _operator_name(node) in LIKE else node.all_input_nodes
+
+
 def _operator_name(node: fx.Node) -> str:
     name = getattr(node.target, "__name__", str(node.target))
-    return name.partition(".")[0]
+    return function_name(name.partition(".")[0], node.args)

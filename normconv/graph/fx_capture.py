@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from normconv.graph.calls import Call, CallGraph, first_shape
+from normconv.graph.calls import LIKE, Call, CallGraph, first_shape, function_name
 from normconv.graph.families import is_leaf
 from normconv.graph.names import Names
 from normconv.graph.quiet import quiet
@@ -81,8 +81,27 @@ def capture_with_fx(
     values = [_value_of(node, bound) for node in traced.graph.nodes if node.op == "placeholder"]
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with torch.no_grad(), quiet():
-        FakeTensorProp(traced, mode).propagate(*values)
+        _Propagation(traced, mode).propagate(*values)
     return graph_of(traced, names)
+
+
+class _Propagation(FakeTensorProp):
+    """Keeps sizes and other plain values as well."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if _is_plain(value):
+            n.meta[_PLAIN] = value
+        return value
+
+
+_PLAIN = "normconv_plain_value"
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(item) for item in value)
+    return isinstance(value, (bool, int, float))
 
 
 def _value_of(placeholder: fx.Node, bound: Mapping[str, Any]) -> Any:
@@ -100,12 +119,18 @@ def graph_of(traced: fx.GraphModule, names: Names) -> CallGraph:
     calls: list[Call] = []
     reads: set[str] = set()
     for node in traced.graph.nodes:
+        node_args, node_kwargs = _arguments(node)
+        used = node.all_input_nodes
+        if node_args != node.args:
+            used = used[:1]
         call = Call(
             index=len(calls),
             kind=_KINDS[node.op],
             target=_target_name(node, names),
-            inputs=tuple(dict.fromkeys(index_of[used] for used in node.all_input_nodes)),
+            inputs=tuple(dict.fromkeys(index_of[source] for source in used)),
             shape=first_shape(_traced_value(node)),
+            constant=node.meta.get(_PLAIN),
+            compute=_computation(node, node_args, node_kwargs, index_of),
         )
         index_of[node] = len(calls)
         calls.append(call)
@@ -113,6 +138,52 @@ def graph_of(traced: fx.GraphModule, names: Names) -> CallGraph:
             reads.add(owner)
     functional = tuple(node.name for node in traced.graph.nodes if is_fixed_batch_norm(node))
     return CallGraph(tuple(calls), "fx", frozenset(reads), functional)
+
+
+def _arguments(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the node's arguments; of a tensor that is only a shape, the shape."""
+    if node.op == "call_method" and node.target in LIKE and len(node.args) == 2:
+        like = node.args[1]
+        shape = first_shape(_traced_value(like)) if isinstance(like, fx.Node) else None
+        if shape is not None:
+            return (node.args[0], shape), {}
+    return node.args, dict(node.kwargs)
+
+
+def _computation(
+    node: fx.Node,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    index_of: Mapping[fx.Node, int],
+) -> Callable[[Mapping[int, Any]], Any] | None:
+    """Return what computes the node from its inputs, for functions and modules without tensors."""
+    function: Callable[..., Any]
+    if node.op == "call_function":
+        function = cast(Callable[..., Any], node.target)
+    elif node.op == "call_method":
+        name = LIKE.get(str(node.target), str(node.target)) if args != node.args else node.target
+        function = _method(str(name))
+    elif node.op == "call_module":
+        owner = node.graph.owning_module
+        module = None if owner is None else owner.get_submodule(str(node.target))
+        if module is None or is_leaf(module):
+            return None
+        function = module
+    else:
+        return None
+
+    def compute(values: Mapping[int, Any]) -> Any:
+        a, k = fx.map_arg((args, kwargs), lambda n: values[index_of[n]])
+        return function(*a, **k)
+
+    return compute
+
+
+def _method(name: str) -> Callable[..., Any]:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self, name)(*args, **kwargs)
+
+    return call
 
 
 def is_fixed_batch_norm(node: fx.Node) -> bool:
@@ -138,7 +209,8 @@ def _target_name(node: fx.Node, names: Names) -> str:
     if node.op == "call_function" and node.target is getattr:
         return f"getattr {node.args[1]}"
     if node.op == "call_function":
-        return getattr(node.target, "__name__", str(node.target))
+        args = (*node.args, *(node.kwargs[k] for k in ("p",) if k in node.kwargs))
+        return function_name(getattr(node.target, "__name__", str(node.target)), args)
     return str(node.target)
 
 

@@ -76,7 +76,7 @@ class _NormPass(GraphPass):
         problems = [Problem(site.name, site.refusal) for site in sites if site.refusal]
         if problems:
             raise PlanError(problems)
-        for site in sites:
+        for site in sorted(sites, key=lambda site: not site.consumers):  # forward before backward
             self.rewrite_site(gm, site)
         return bool(sites) | DropIdentities().rewrite(gm)
 
@@ -92,9 +92,16 @@ class PlainPass(_NormPass):
 
     def rewrite_site(self, gm: fx.GraphModule, site: Site) -> None:
         """Fold the norm or put its affine map into its slot."""
-        if site.producers:
+        if site.producers or site.consumers:
             names = (site.name, *site.aliases)
-            absorb_norm_(gm, names, site.producers, weight_norm=self.weight_norm)
+            absorb_norm_(
+                gm,
+                names,
+                site.producers,
+                consumers=site.consumers,
+                spans=site.spans,
+                weight_norm=self.weight_norm,
+            )
         else:
             affine_norm_(gm, (site.name, *site.aliases))
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from normconv.graph.families import NormState, norm_state, trailing_of
-from normconv.layers import absorb_affine_
+from normconv.layers import absorb_affine_, absorb_input_affine_
 from normconv.numerics import Affine, relative_l2
 
-__all__ = ["absorbs_affine", "is_affine_then_children"]
+__all__ = ["absorbs_affine", "absorbs_input_affine", "is_affine_then_children"]
 
 # A class may compute in float32 inside; a map that differs is off by orders of magnitude more.
 _BOUND = 1e-6
@@ -94,6 +94,41 @@ def absorbs_affine(layer: nn.Module, input_shape: tuple[int, ...]) -> str:
         ""
         if error <= _BOUND
         else f"its forward does not scale with its weight (off by {error:.1e})"
+    )
+
+
+def absorbs_input_affine(layer: nn.Module, input_shape: tuple[int, ...]) -> str:
+    """Check on random values that scaled columns and a shifted bias do what a map of the input does.
+
+    Args:
+        layer: a subclass of a linear operator with its own `forward`.
+        input_shape: a traced input shape.
+
+    Returns:
+        Empty when they do, else one sentence.
+
+    >>> class Padded(nn.Conv1d):
+    ...     def forward(self, x): return super().forward(nn.functional.pad(x, (1, 1)))
+    >>> absorbs_input_affine(Padded(2, 3, 3), (1, 2, 8)) != ""
+    True
+    """
+    try:
+        generator = torch.Generator().manual_seed(_SEED)
+        twin = _float64_twin(layer, generator)
+        x = _normal((min(2, input_shape[0]), *input_shape[1:]), generator)
+        axis = -1 if isinstance(layer, nn.Linear) else 1
+        features = x.shape[axis]
+        affine = Affine(_normal((features,), generator), _normal((features,), generator))
+        shape = [1] * x.dim()
+        shape[axis] = -1
+        with torch.no_grad():
+            expected = twin(x * affine.scale.view(shape) + affine.shift.view(shape))
+            absorb_input_affine_(twin, affine)
+            error = relative_l2(twin(x.clone()), expected)
+    except Exception as reason:
+        return f"its forward could not be probed ({type(reason).__name__}: {reason})"
+    return (
+        "" if error <= _BOUND else f"its forward does not move a map through (off by {error:.1e})"
     )
 
 

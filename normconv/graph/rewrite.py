@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from normconv.errors import PlanError, Problem
 from normconv.graph.families import NormState, norm_state, trailing_of
-from normconv.layers import ChannelAffine, absorb_affine_
+from normconv.layers import ChannelAffine, absorb_affine_, absorb_input_affine_
+from normconv.numerics import Affine
+from normconv.plan import Span
 
 __all__ = ["absorb_norm_", "affine_norm_", "empty_slot_", "replace_module_"]
 
@@ -17,16 +20,23 @@ __all__ = ["absorb_norm_", "affine_norm_", "empty_slot_", "replace_module_"]
 def absorb_norm_(
     root: nn.Module,
     names: Sequence[str],
-    producers: Sequence[str],
+    producers: Sequence[str] = (),
     *,
+    consumers: Sequence[str] = (),
+    spans: Sequence[str] = (),
     weight_norm: bool = False,
 ) -> None:
-    """Fold a norm into the layers that feed it and leave in its slot what it does besides, in place.
+    """Fold a norm into the layers before or after it and leave in its slot what it does besides.
+
+    In place. Of two norms around one layer the one before it must be folded first.
 
     Args:
         root: the model.
         names: all names of the norm.
-        producers: the layers, one per call of the norm.
+        producers: layers before it; every call of the norm is fed by some of them.
+        consumers: layers after it; with these there are no producers.
+        spans: for each of the layers which channel each of its features is, see `normconv.plan.Span`;
+            empty for one to one.
         weight_norm: leave the layers weight-normed.
 
     Raises:
@@ -34,12 +44,18 @@ def absorb_norm_(
     """
     norm = root.get_submodule(names[0])
     state = _readable(norm, names[0])
-    for producer in producers:
-        layer = root.get_submodule(producer)
-        absorb_affine_(
-            layer, state.affine, weight_norm=weight_norm, bias_trainable=state.bias_trainable
-        )
+    absorb = absorb_affine_ if producers else absorb_input_affine_
+    for place, name in enumerate(producers or consumers):
+        affine = _over(state.affine, Span.read(spans[place])) if spans else state.affine
+        layer = root.get_submodule(name)
+        absorb(layer, affine, weight_norm=weight_norm, bias_trainable=state.bias_trainable)
     replace_module_(root, names, _slot(norm, None))
+
+
+def _over(affine: Affine, span: Span) -> Affine:
+    """Return the map of each feature of a layer."""
+    channels = torch.tensor(span.channels, device=affine.scale.device)
+    return Affine(affine.scale[channels], affine.shift[channels])
 
 
 def affine_norm_(root: nn.Module, names: Sequence[str], *, trainable: bool | None = None) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normconv.errors import CaptureError
+from normconv.graph.absorbing import Absorbers
 from normconv.graph.calls import Call, CallGraph
 from normconv.graph.capturing import capture
 from normconv.graph.families import (
@@ -25,8 +26,8 @@ from normconv.graph.families import (
 )
 from normconv.graph.hidden import hidden_references
 from normconv.graph.names import Names
-from normconv.graph.probe import absorbs_affine, is_affine_then_children
-from normconv.layers import Reparametrised, kind_of, layout_of
+from normconv.graph.probe import is_affine_then_children
+from normconv.layers import kind_of
 from normconv.numerics import evaluating, in_training_mode
 
 __all__ = ["Site", "Survey", "judge", "norm_names", "survey"]
@@ -43,9 +44,12 @@ class Site:
         norm: its class name.
         channels: C; 0 where its tensors could not be read.
         aliases: its other names.
-        producers: layers that can absorb it exactly, one per call; empty where they cannot.
+        producers: layers before it that can absorb it exactly; empty where they cannot.
+        consumers: layers after it that can, where those before it cannot.
+        spans: for each of those layers, which channel each of its features is (see
+            `normconv.plan.Span`); empty for one to one.
         op: the producers' kind, ``none`` without.
-        obstacle: why it cannot be absorbed; empty where it can.
+        obstacle: why the layers before it cannot absorb it; empty where they can.
         refusal: why it cannot be converted at all; empty where it can.
         shape: traced shape of its input.
         phase: the mode in which it is called.
@@ -57,6 +61,8 @@ class Site:
     channels: int = 0
     aliases: tuple[str, ...] = ()
     producers: tuple[str, ...] = ()
+    consumers: tuple[str, ...] = ()
+    spans: tuple[str, ...] = ()
     op: str = "none"
     obstacle: str = ""
     refusal: str = ""
@@ -179,9 +185,9 @@ class _Judge:
     def __init__(self, model: nn.Module, graph: CallGraph, other: CallGraph | None) -> None:
         self._model = model
         self._graph = graph
-        self._other = other
         self._names = Names(model)
         self._hidden = hidden_references(model)
+        self._absorbers = Absorbers(model, graph, self._names, other)
 
     def site(self, name: str, phase: Phase) -> Site:
         norm = self._model.get_submodule(name)
@@ -200,14 +206,17 @@ class _Judge:
         common |= {"channels": state.channels, "untrained": state.untrained}
         if refusal := self._refusal(name, norm, shape):
             return Site(**common, refusal=refusal)
-        producers: list[str] = []
-        for call in calls:
-            source, obstacle = self._absorber(call, norm, state)
-            if obstacle:
-                return Site(**common, obstacle=obstacle)
-            producers.append(source.target)
-        op = kind_of(self._model.get_submodule(producers[0]))
-        return Site(**common, producers=tuple(producers), op=op)
+        found = self._absorbers.judge(norm, calls, state)
+        first = found.producers[:1]
+        op = kind_of(self._model.get_submodule(first[0])) if first else "none"
+        return Site(
+            **common,
+            producers=found.producers,
+            consumers=found.consumers,
+            spans=found.spans,
+            op=op,
+            obstacle=found.obstacle,
+        )
 
     def _input_shape(self, call: Call) -> tuple[int, ...] | None:
         return self._graph.calls[call.inputs[0]].shape if call.inputs else None
@@ -224,108 +233,3 @@ class _Judge:
             rank = len(shape) if shape is not None else 4
             return is_affine_then_children(norm, rank)
         return ""
-
-    def _absorber(self, call: Call, norm: nn.Module, state: NormState) -> tuple[Call, str]:
-        """Return the call that feeds the norm, and why its layer cannot absorb it (empty: it can)."""
-        source = self._graph.calls[call.inputs[0]]
-        hops = [call.index]
-        while source.kind == "module" and self._is_identity(source) and source.inputs:
-            hops.append(source.index)
-            source = self._graph.calls[source.inputs[0]]
-        if source.kind != "module":
-            return source, f"follows {_describe(source)}"
-        layer = self._model.get_submodule(source.target)
-        if layout_of(layer) is None:
-            return source, f"follows {source.target} ({type(layer).__name__})"
-        obstacle = self._dataflow_obstacle(source, hops) or self._layer_obstacle(
-            source, layer, norm, state
-        )
-        return source, obstacle
-
-    def _is_identity(self, call: Call) -> bool:
-        module = self._model.get_submodule(call.target)
-        return type(module) is nn.Identity and not _has_hooks(module)
-
-    def _dataflow_obstacle(self, source: Call, hops: list[int]) -> str:
-        name = source.target
-        times = len(self._graph.calls_of[name])
-        if times > 1:
-            return f"{name} is called {times} times"
-        if self._other is not None and name in self._other.calls_of:
-            return f"{name} is also called in the other mode"
-        chain = [source.index, *hops[:0:-1]]
-        for index in chain:
-            users = self._graph.users.get(index, ())
-            users = tuple(user for user in users if not self._graph.calls[user].reads_shape)
-            if len(users) > 1:
-                others = [self._graph.calls[user] for user in users if user not in hops]
-                return f"the output of {name} is also used by {_describe(others[0])}"
-        if name in self._graph.outside_reads:
-            return f"the tensors of {name} are read outside its own forward"
-        return ""
-
-    def _layer_obstacle(
-        self, source: Call, layer: nn.Module, norm: nn.Module, state: NormState
-    ) -> str:
-        name, layout = source.target, layout_of(layer)
-        assert layout is not None
-        weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-        if (
-            isinstance(layer, Reparametrised)
-            or weight is None
-            or "parametrizations" in layer._modules
-        ):
-            return f"the weight of {name} is computed from other parameters (fold it first)"
-        if _has_hooks(layer) or _has_hooks(norm):
-            return f"{name} or the norm has forward hooks, which would see other values"
-        tied = [t for t in (weight, bias) if t is not None and len(self._names.owners(t)) > 1]
-        if tied:
-            others = [owner for owner in self._names.owners(tied[0]) if owner != name]
-            return f"{name} shares parameters with {', '.join(others) or 'itself'}"
-        if layout.channels(weight) != state.channels:
-            return (
-                f"{name} has {layout.channels(weight)} output channels, the norm {state.channels}"
-            )
-        rank = None if source.shape is None else len(source.shape)
-        # A Linear takes any rank and a convolution one sample without a batch axis: the channels of
-        # the norm, axis 1, are then not the rows of the weight.
-        if rank != weight.dim() and (rank is not None or isinstance(layer, nn.Linear)):
-            seen = "unknown" if rank is None else f"{rank}-D"
-            return f"the output of {name} is {seen}: the norm's channels are not its features"
-        own_forward = _overrides_forward(layer)
-        if own_forward:
-            shape = self._graph.calls[source.inputs[0]].shape if source.inputs else None
-            if shape is None:
-                return f"{name} ({type(layer).__name__}) has its own forward and no traced shape"
-            if difference := absorbs_affine(layer, shape):
-                return f"{name} ({type(layer).__name__}): {difference}"
-        return ""
-
-
-def _overrides_forward(layer: nn.Module) -> bool:
-    """Whether the layer computes with a forward that torch did not define."""
-    families = [
-        kind for kind in type(layer).__mro__ if kind.__module__.startswith("torch.nn.modules")
-    ]
-    known = families[0]
-    names = ("forward", "_conv_forward", "_output_padding")
-    return any(getattr(type(layer), n, None) is not getattr(known, n, None) for n in names)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
-def _describe(call: Call) -> str:
-    if call.kind == "input":
-        return f"the model's input {call.target}"
-    if call.kind == "output":
-        return "the model's output"
-    if call.kind == "attribute":
-        return f"the attribute {call.target}"
-    return call.target

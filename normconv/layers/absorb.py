@@ -1,4 +1,4 @@
-"""Multiplying a per-channel affine map into the layer that feeds it."""
+"""Multiplying a per-channel affine map into the layer before it or the layer after it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from normconv.errors import Problem, UsageError
 from normconv.layers.operators import layout_of
-from normconv.layers.reparametrised import weight_norm_
-from normconv.numerics import Affine, scale_rows
+from normconv.layers.reparametrised import WeightNormed, weight_norm_
+from normconv.numerics import Affine, response_to_shift, scale_columns_, scale_rows_
 
-__all__ = ["absorb_affine_"]
+__all__ = ["absorb_affine_", "absorb_input_affine_"]
 
 
 def absorb_affine_(
@@ -26,7 +26,8 @@ def absorb_affine_(
     the scale goes into a signed gain instead and the direction stays w.
 
     Args:
-        layer: Linear, Conv1d-3d or ConvTranspose1d-3d (or a subclass) with a plain weight.
+        layer: Linear, Conv1d-3d or ConvTranspose1d-3d (or a subclass) with a plain weight, or one that
+            `weight_norm_` made.
         affine: scale and shift, (O,) float64.
         weight_norm: leave the layer weight-normed.
         bias_trainable: `requires_grad` of the bias afterwards; None keeps the bias's own, or the
@@ -41,7 +42,7 @@ def absorb_affine_(
     5.0
     """
     layout = layout_of(layer)
-    weight = layer._parameters.get("weight")
+    weight = layer._parameters.get("weight_v" if isinstance(layer, WeightNormed) else "weight")
     if layout is None or weight is None:
         raise UsageError(
             Problem(type(layer).__name__, "has no plain weight to absorb an affine map")
@@ -50,12 +51,60 @@ def absorb_affine_(
     if bias_trainable is None:
         bias_trainable = (bias if bias is not None else weight).requires_grad
     with torch.no_grad():
+        weight.grad = None  # it was the gradient of another weight
         value = affine.shift if bias is None else affine.scale * bias.double() + affine.shift
         _set_bias(layer, value, like=weight, trainable=bias_trainable)
-        if weight_norm:
+        if isinstance(layer, WeightNormed):
+            gain = layer.weight_g
+            gain.copy_(gain.double() * affine.scale.reshape(gain.shape))
+        elif weight_norm:
             weight_norm_(layer, affine.scale)
         else:
-            weight.copy_(scale_rows(weight.double(), affine.scale, layout))
+            scale_rows_(weight, affine.scale, layout)
+
+
+def absorb_input_affine_(
+    layer: nn.Module,
+    affine: Affine,
+    *,
+    weight_norm: bool = False,
+    bias_trainable: bool | None = None,
+) -> None:
+    """Make the layer compute layer(affine(x)), in place.
+
+    w ← w · scale (column by column) and b ← b + w · shift, in float64, rounded once. With
+    `weight_norm` the layer is weight-normed afterwards, v the scaled weight.
+
+    Args:
+        layer: Linear or Conv1d-3d (or a subclass) with a plain weight, without zero padding.
+        affine: scale and shift, (I,) float64, one an input feature.
+        weight_norm: leave the layer weight-normed.
+        bias_trainable: `requires_grad` of a bias that the layer did not have; None takes the weight's.
+
+    Raises:
+        UsageError: the layer cannot hold it (another class, no plain weight).
+
+    >>> layer = nn.Linear(1, 1, bias=False); _ = nn.init.ones_(layer.weight)
+    >>> two, three = torch.tensor([2.0]).double(), torch.tensor([3.0]).double()
+    >>> absorb_input_affine_(layer, Affine(two, three)); layer(torch.tensor([[1.0]])).item()
+    5.0
+    """
+    layout, weight = layout_of(layer), layer._parameters.get("weight")
+    if layout is None or layout.transposed or weight is None:
+        raise UsageError(
+            Problem(type(layer).__name__, "has no plain weight to absorb a map of its input")
+        )
+    groups = layer.groups if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else 1
+    bias = layer._parameters.get("bias")
+    trainable = weight.requires_grad if bias_trainable is None else bias_trainable
+    with torch.no_grad():
+        value = response_to_shift(weight, affine.shift, groups)
+        if bias is not None:
+            value, trainable = value + bias.double(), trainable or bias.requires_grad
+        _set_bias(layer, value, like=weight, trainable=trainable)
+        scale_columns_(weight, affine.scale, groups)
+        if weight_norm:
+            weight_norm_(layer)
 
 
 def _set_bias(layer: nn.Module, value: Tensor, *, like: Tensor, trainable: bool) -> None:
@@ -65,4 +114,5 @@ def _set_bias(layer: nn.Module, value: Tensor, *, like: Tensor, trainable: bool)
         layer.bias = nn.Parameter(rounded, requires_grad=trainable)
     else:
         bias.copy_(value)
+        bias.grad = None
         bias.requires_grad_(trainable)

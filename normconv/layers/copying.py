@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, is_lazy
 
 from normconv.errors import PlanError, Problem
 
@@ -45,11 +46,23 @@ def copy_model(model: Model, *, share_tensors: bool = False) -> Model:
                     memo[id(tensor)] = tensor.detach().clone()
         if share_tensors:
             for shared in [*module._parameters.values(), *module._buffers.values()]:
-                memo[id(shared)] = shared
+                if shared is not None and not is_lazy(shared):  # lazy ones are made where they lie
+                    memo[id(shared)] = shared
+        for buffer in module._buffers.values():
+            if isinstance(buffer, UninitializedBuffer):
+                memo[id(buffer)] = _twin_of(buffer)
     try:
         return copy.deepcopy(model, memo)
     except Exception as reason:  # whatever hangs on the user's model decides what this is
         raise PlanError(_uncopyable(model, reason)) from reason
+
+
+def _twin_of(buffer: UninitializedBuffer) -> UninitializedBuffer:
+    """What torch's own deepcopy refuses."""
+    make: Any = UninitializedBuffer
+    twin: UninitializedBuffer = make(buffer.requires_grad, buffer.device, buffer.dtype)
+    twin.__dict__.update(buffer.__dict__)
+    return twin
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -14,9 +14,16 @@ from torch import Tensor, fx, nn
 
 from normconv.errors import Problem, UsageError
 from normconv.layers.operators import OPERATORS, layout_of
-from normconv.numerics import RowLayout, normed_weight, split_weight, true_weight
+from normconv.numerics import RowLayout, normed_weight, split_weight_, true_weight
 
-__all__ = ["Reparametrised", "WeightNormed", "fold_layer_", "rebuild_layer", "weight_norm_"]
+__all__ = [
+    "Reparametrised",
+    "WeightNormed",
+    "fold_layer_",
+    "rebuild_layer",
+    "unfit_for_weight_norm",
+    "weight_norm_",
+]
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -130,6 +137,7 @@ def weight_norm_(layer: Layer, factor: Tensor | None = None) -> Layer:
 
     v = w as it is and g = ‖w‖ · factor, so that a factor of 0 keeps the direction. `weight_g` and
     `weight_v` take the place of `weight` in the order of parameters and inherit its `requires_grad`.
+    `weight_v` is the very parameter that `weight` was: nothing of the layer's size is copied.
 
     Args:
         layer: Linear, Conv1d-3d or ConvTranspose1d-3d (or a subclass) with a plain weight.
@@ -151,15 +159,27 @@ def weight_norm_(layer: Layer, factor: Tensor | None = None) -> Layer:
                 "weight norm needs a Linear or convolution with a plain weight",
             )
         )
-    g, v = split_weight(weight.detach(), factor, layout)
-    parameters = {
-        "weight_g": nn.Parameter(g, requires_grad=weight.requires_grad),
-        "weight_v": nn.Parameter(v, requires_grad=weight.requires_grad),
-    }
-    _exchange(layer, ("weight",), parameters)
+    g, _ = split_weight_(weight.detach(), factor, layout)
+    weight.grad = None  # it was the gradient of another weight
+    gain = nn.Parameter(g, requires_grad=weight.requires_grad)
+    _exchange(layer, ("weight",), {"weight_g": gain, "weight_v": weight})
     module: Any = layer
     module.__class__ = _class_for("wn", type(layer))
     return layer
+
+
+def unfit_for_weight_norm(layer: nn.Module) -> str:
+    """Say why `weight_norm_` could not change the layer's class; empty where it can. Nothing is changed.
+
+    >>> unfit_for_weight_norm(nn.Linear(1, 1))
+    ''
+    """
+    empty: Any = object.__new__(type(layer))
+    try:
+        empty.__class__ = _class_for("wn", type(layer))
+    except Exception as reason:  # the class is the user's, and so is what it does when subclassed
+        return f"{type(layer).__name__} cannot be subclassed as weight norm needs it ({reason})"
+    return ""
 
 
 def fold_layer_(

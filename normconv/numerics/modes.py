@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -42,18 +42,24 @@ def in_training_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def state_kept(model: nn.Module) -> Iterator[None]:
+def state_kept(model: nn.Module, *, but: Collection[nn.Module] = ()) -> Iterator[None]:
     """Undo what running or tracing a model leaves on it, and keep autocast out.
 
     A forward may count, or fill a cache on first use; under a trace such a cache fills with fake
-    tensors and proxies. Attributes, containers among them, and buffers come back as they were.
+    tensors and proxies. Attributes, containers among them, hooks and buffers come back as they were.
     Autocast casts weights behind a trace's back and caches what it cast.
+
+    Args:
+        model: as it was afterwards.
+        but: modules that may change.
     """
-    attributes = [(module, dict(module.__dict__)) for module in model.modules()]
+    left_alone = {id(module) for module in but}
+    modules = [module for module in model.modules() if id(module) not in left_alone]
+    attributes = [(module, dict(module.__dict__)) for module in modules]
     stores = [
         (store, dict(store))
-        for module in model.modules()
-        for store in (module._parameters, module._buffers, module._modules)
+        for module in modules
+        for store in (module._parameters, module._buffers, module._modules, *_hooks_of(module))
     ]
     containers = [
         (value, copy.copy(value))
@@ -63,8 +69,9 @@ def state_kept(model: nn.Module) -> Iterator[None]:
     ]
     buffers = [
         (buffer, buffer.detach().clone())
-        for buffer in model.buffers()
-        if not buffer.is_meta and not is_lazy(buffer)
+        for module in modules
+        for buffer in module._buffers.values()
+        if buffer is not None and not buffer.is_meta and not is_lazy(buffer)
     ]
     with ExitStack() as stack:
         for device in ("cpu", "cuda"):
@@ -80,6 +87,13 @@ def state_kept(model: nn.Module) -> Iterator[None]:
             for container, entries in containers:
                 _refill(container, entries)
             _restore(buffers)
+
+
+def _hooks_of(module: nn.Module) -> Iterator[dict[int, Any]]:
+    """A forward may install hooks when it first runs, and note in an attribute that it has."""
+    for name, value in module.__dict__.items():
+        if name in _OWN and "hooks" in name and isinstance(value, dict):
+            yield value
 
 
 def _refill(container: Any, entries: Any) -> None:

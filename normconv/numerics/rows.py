@@ -7,12 +7,24 @@ weight spans when groups > 1. Everything here works on the split view (groups, I
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["RowLayout", "row_norms", "scale_rows"]
+__all__ = [
+    "RowLayout",
+    "all_finite",
+    "fill_rows_",
+    "row_norms",
+    "scale_rows",
+    "scale_rows_",
+    "wide_row_norms",
+]
+
+# Elements of a block: 4 MiB in float64, at most twice that, and once more where a norm must copy it.
+_BLOCK = 2**19
 
 
 @dataclass(frozen=True)
@@ -72,12 +84,15 @@ def row_norms(weight: Tensor, layout: RowLayout) -> Tensor:
     >>> row_norms(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), RowLayout())
     tensor([5., 0.])
     """
+    return _norms(layout.split(weight) if layout.transposed else weight, layout)
+
+
+def _norms(rows: Tensor, layout: RowLayout) -> Tensor:
+    """Norms of a weight, or of a block of it, in the form that `_blocks` gives."""
     if not layout.transposed:
-        norms: Tensor = torch.linalg.vector_norm(weight.flatten(1), dim=1)
+        norms: Tensor = torch.linalg.vector_norm(rows.flatten(1), dim=1)
         return norms
-    split = layout.split(weight)
-    axes = [1, *range(3, split.dim())]
-    found: Tensor = torch.linalg.vector_norm(split, dim=axes)
+    found: Tensor = torch.linalg.vector_norm(rows, dim=[1, *range(3, rows.dim())])
     return found.flatten()
 
 
@@ -98,3 +113,110 @@ def scale_rows(weight: Tensor, factor: Tensor, layout: RowLayout) -> Tensor:
     split = layout.split(weight)
     scaled: Tensor = (split * layout.broadcast(factor, weight)).flatten(0, 1)
     return scaled
+
+
+def _blocks(weight: Tensor, layout: RowLayout) -> Iterator[tuple[Tensor, slice]]:
+    """Views of whole rows, a bounded number of elements each, and which rows they are.
+
+    Rows lead a block as they lead the weight; a block of a transposed weight is one of its split
+    view. No block of several has a single row: torch would sum that in another order.
+    """
+    if weight.numel() == 0:
+        return
+    rows = layout.channels(weight)
+    at_once = max(2, _BLOCK * rows // weight.numel())
+    if not layout.transposed:
+        for first, end in _spans(rows, at_once):
+            yield weight[first:end], slice(first, end)
+        return
+    split = layout.split(weight)
+    groups, each = split.shape[0], split.shape[2]
+    if at_once >= each:
+        for first, end in _spans(groups, at_once // each):
+            yield split[first:end], slice(first * each, end * each)
+        return
+    for group in range(groups):
+        for first, end in _spans(each, at_once):
+            block = split[group : group + 1, :, first:end]
+            yield block, slice(group * each + first, group * each + end)
+
+
+def _spans(total: int, at_once: int) -> list[tuple[int, int]]:
+    """Even spans of at least `at_once`, and of less than twice as many; one span if there are fewer."""
+    number = max(1, total // at_once)
+    return [(i * total // number, (i + 1) * total // number) for i in range(number)]
+
+
+def _beside(row_values: Tensor, block: Tensor, layout: RowLayout) -> Tensor:
+    """Shape the values of a block's rows to broadcast over it."""
+    kernel = (1,) * (block.dim() - (3 if layout.transposed else 1))
+    if layout.transposed:
+        return row_values.reshape(block.shape[0], 1, block.shape[2], *kernel)
+    return row_values.reshape(block.shape[0], *kernel)
+
+
+def wide_row_norms(weight: Tensor, layout: RowLayout) -> Tensor:
+    """Return the float64 norm of each row, (O,), with a bounded scratch whatever the weight's size.
+
+    Bit for bit `row_norms(weight.double(), layout)`.
+
+    >>> wide_row_norms(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), RowLayout())
+    tensor([5., 0.], dtype=torch.float64)
+    """
+    norms = weight.new_zeros(layout.channels(weight), dtype=torch.float64)
+    for block, rows in _blocks(weight.detach(), layout):
+        norms[rows] = _norms(block.double(), layout)
+    return norms
+
+
+@torch.no_grad()
+def scale_rows_(weight: Tensor, factor: Tensor, layout: RowLayout) -> Tensor:
+    """Multiply each row by its factor in place: in float64, rounded once, with a bounded scratch.
+
+    Bit for bit `weight.copy_(scale_rows(weight.double(), factor, layout))`.
+
+    Args:
+        weight: (O, I/groups, *K), or (I, O/groups, *K) when transposed.
+        factor: (O,) float64.
+        layout: where the output channels are.
+
+    >>> scale_rows_(torch.ones(2, 1), torch.tensor([2.0, -1.0]).double(), RowLayout()).flatten()
+    tensor([ 2., -1.])
+    """
+    for block, rows in _blocks(weight, layout):
+        wide = block.double()  # a float64 block is itself
+        wide.mul_(_beside(factor[rows], block, layout))
+        if wide is not block:
+            block.copy_(wide)
+    return weight
+
+
+@torch.no_grad()
+def fill_rows_(weight: Tensor, which: Tensor, value: float, layout: RowLayout) -> Tensor:
+    """Set all elements of some rows, in place.
+
+    Args:
+        weight: (O, I/groups, *K), or (I, O/groups, *K) when transposed.
+        which: (O,) bool.
+        value: what they become.
+        layout: where the output channels are.
+
+    >>> fill_rows_(torch.ones(2, 2), torch.tensor([True, False]), 0.5, RowLayout())
+    tensor([[0.5000, 0.5000],
+            [1.0000, 1.0000]])
+    """
+    for block, rows in _blocks(weight, layout):
+        block.masked_fill_(_beside(which[rows], block, layout), value)
+    return weight
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Say whether no element is NaN or infinite, without a second tensor of that size.
+
+    >>> all_finite(torch.ones(2)), all_finite(torch.tensor([1.0, float("nan")]))
+    (True, False)
+    """
+    if tensor.is_meta or not tensor.numel() or not tensor.is_floating_point():
+        return True
+    lowest, highest = torch.aminmax(tensor.detach())
+    return bool(torch.isfinite(lowest) & torch.isfinite(highest))

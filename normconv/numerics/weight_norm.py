@@ -11,9 +11,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from normconv.numerics.rows import RowLayout, row_norms, scale_rows
+from normconv.numerics.rows import (
+    RowLayout,
+    fill_rows_,
+    row_norms,
+    scale_rows,
+    scale_rows_,
+    wide_row_norms,
+)
 
-__all__ = ["GainDirection", "normed_weight", "split_weight", "true_weight"]
+__all__ = ["GainDirection", "normed_weight", "split_weight", "split_weight_", "true_weight"]
 
 
 class GainDirection(NamedTuple):
@@ -78,13 +85,11 @@ def true_weight(g: Tensor, v: Tensor, layout: RowLayout) -> tuple[Tensor, Tensor
     >>> weight.flatten().tolist(), repaired.tolist()
     ([0.0, 1.0], [True, False])
     """
-    wide = v.double()
-    norms = row_norms(wide, layout)
+    norms = wide_row_norms(v, layout)
     zero = norms == 0
-    factor = g.double().reshape(-1) / torch.where(zero, torch.ones_like(norms), norms)
-    weight = torch.empty_like(v)  # preserve_format: strides follow v
-    weight.copy_(scale_rows(wide, factor, layout))
-    return weight, zero
+    factor = g.detach().double().reshape(-1) / torch.where(zero, torch.ones_like(norms), norms)
+    weight = v.detach().clone()  # preserve_format: strides follow v
+    return scale_rows_(weight, factor, layout), zero
 
 
 def split_weight(weight: Tensor, factor: Tensor | None, layout: RowLayout) -> GainDirection:
@@ -106,13 +111,23 @@ def split_weight(weight: Tensor, factor: Tensor | None, layout: RowLayout) -> Ga
     >>> g.flatten().tolist(), v[1].tolist()
     ([5.0, 0.0], [0.7071067690849304, 0.7071067690849304])
     """
-    norms = row_norms(weight.double(), layout)
+    return split_weight_(weight.detach().clone(), factor, layout)
+
+
+def split_weight_(weight: Tensor, factor: Tensor | None, layout: RowLayout) -> GainDirection:
+    """Do as `split_weight` does and let the weight itself be v: rows without direction are set in it.
+
+    Besides g, one number a row, it needs a bounded scratch whatever the weight's size.
+
+    >>> weight = torch.tensor([[3.0, 4.0]])
+    >>> split_weight_(weight, None, RowLayout()).v is weight
+    True
+    """
+    norms = wide_row_norms(weight, layout)
     gain = norms if factor is None else norms * factor.double()
     g = gain.to(weight.dtype).reshape(layout.row_shape(weight))
-    v = weight.detach().clone()
     zero = norms == 0
     fan = weight.numel() // max(1, layout.channels(weight))
-    if fan and not weight.is_meta:
-        filler = scale_rows(torch.full_like(v, fan**-0.5), zero.to(v.dtype), layout)
-        v += filler
-    return GainDirection(g, v)
+    if fan and not weight.is_meta and bool(zero.any()):
+        fill_rows_(weight, zero, fan**-0.5, layout)
+    return GainDirection(g, weight)

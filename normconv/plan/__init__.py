@@ -8,3 +8,4 @@ from normconv.plan.plan import Step as Step
 from normconv.plan.recipe import KEEP as KEEP
 from normconv.plan.recipe import Recipe as Recipe
 from normconv.plan.recipe import Rule as Rule
+from normconv.plan.span import Span as Span

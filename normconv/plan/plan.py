@@ -17,9 +17,10 @@ __all__ = ["Action", "Plan", "Step"]
 
 SCHEMA = "normconv.plan/1"
 
-Action = Literal["fold", "affine", "frozen", "keep", "drop"]
-"""fold: into the producers. affine: a trainable `ChannelAffine` in the norm's slot. frozen: one that
-is not trained. keep: the norm stays. drop: the norm is never called and its slot is emptied."""
+Action = Literal["fold", "forward", "affine", "frozen", "keep", "drop"]
+"""fold: into the producers. forward: into the consumers. affine: a trainable `ChannelAffine` in the
+norm's slot. frozen: one that is not trained. keep: the norm stays. drop: the norm is never called and
+its slot is emptied."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,10 @@ class Step:
         target: the target's name, or ``keep``.
         action: what is done, see `Action`.
         channels: C, the length of the norm's statistics.
-        producers: qualified names of the layers the norm is folded into, one per call.
+        producers: qualified names of the layers before it that the norm is folded into.
+        consumers: those of the layers after it, where it is folded forward.
+        spans: for each of those layers, which channel each of its features is (`normconv.plan.Span`);
+            empty for one to one.
         op: the producers' kind, e.g. ``conv2d``; ``none`` without a foldable producer.
         aliases: the norm's other names in the model.
         shape: the traced shape of the norm's input, batch included; None where no trace told it.
@@ -48,6 +52,8 @@ class Step:
     action: Action
     channels: int
     producers: tuple[str, ...] = ()
+    consumers: tuple[str, ...] = ()
+    spans: tuple[str, ...] = ()
     op: str = "none"
     aliases: tuple[str, ...] = ()
     shape: tuple[int, ...] | None = None
@@ -61,7 +67,7 @@ class Step:
         return SiteRow(
             site=self.site,
             norm=self.norm,
-            producer=" + ".join(self.producers),
+            producer=" + ".join(self.producers or self.consumers),
             action=self.action if self.action == "keep" else f"{self.target}: {self.action}",
             fidelity=self.fidelity,
             reason=self.reason,
@@ -220,7 +226,7 @@ def _without_defaults(step: Step) -> dict[str, Any]:
 _SHAPES: dict[str, Any] = {
     **dict.fromkeys(("site", "norm", "target", "action", "op", "fidelity", "reason", "model"), str),
     **dict.fromkeys(("fingerprint", "capture"), str),
-    **dict.fromkeys(("producers", "aliases", "targets", "notes"), (str,)),
+    **dict.fromkeys(("producers", "consumers", "spans", "aliases", "targets", "notes"), (str,)),
     "steps": (object,),
     "channels": int,
     "shape": (int,),

@@ -22,12 +22,16 @@ class Decision:
     Args:
         action: see `normconv.plan.Action`.
         reason: one sentence.
-        producers: the layers that absorb the norm; only with ``fold``.
+        producers: the layers before it that absorb the norm; only with ``fold``.
+        consumers: the layers after it that absorb it; only with ``forward``.
+        spans: which channel each feature of those layers is; empty for one to one.
     """
 
     action: Action
     reason: str
     producers: tuple[str, ...] = ()
+    consumers: tuple[str, ...] = ()
+    spans: tuple[str, ...] = ()
 
 
 class Target(Protocol):

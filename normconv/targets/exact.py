@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import ClassVar
 
 from torch import nn
@@ -14,7 +15,13 @@ from normconv.targets.base import Decision
 
 __all__ = ["Absorbing", "refusal"]
 
-_COST = "one multiply-add an element at inference"
+
+def _cost(site: Site) -> str:
+    """Say what an affine map in the slot costs at inference."""
+    if site.shape is None:
+        return "a multiply-add an element at inference"
+    each = prod(site.shape[1:])
+    return f"{each:,} multiply-adds a sample at inference"
 
 
 def refusal(site: Site) -> Problem | None:
@@ -27,24 +34,35 @@ def refusal(site: Site) -> Problem | None:
 
 
 class Absorbing:
-    """A target that takes the norm into the layers that feed it, else keeps its map in its slot."""
+    """Takes the norm into the layers before it, else into those after it, else keeps its map."""
 
     fidelity: ClassVar[str] = "exact"
-    actions: ClassVar[tuple[Action, ...]] = ("fold", "affine")
+    actions: ClassVar[tuple[Action, ...]] = ("fold", "forward", "affine")
     weight_norm: ClassVar[bool]
 
     def decide(self, site: Site) -> Decision | Problem:
-        """Fold where exact, else an affine map in the slot."""
+        """Fold where exact, backward before forward, else an affine map in the slot."""
         if (refused := refusal(site)) is not None:
             return refused
         if site.producers:
-            return Decision("fold", f"into {' + '.join(site.producers)}", site.producers)
-        return Decision("affine", f"{site.obstacle}; {_COST}")
+            why = f"into {' + '.join(site.producers)}"
+            return Decision("fold", why, site.producers, spans=site.spans)
+        if site.consumers:
+            why = f"forward into {' + '.join(site.consumers)}: {site.obstacle}"
+            return Decision("forward", why, consumers=site.consumers, spans=site.spans)
+        return Decision("affine", f"{site.obstacle}; {_cost(site)}")
 
     def edit(self, root: nn.Module, step: Step) -> None:
         """Absorb the norm, or put its map into its slot."""
         names = (step.site, *step.aliases)
-        if step.action == "fold":
-            absorb_norm_(root, names, step.producers, weight_norm=self.weight_norm)
+        if step.action in ("fold", "forward"):
+            absorb_norm_(
+                root,
+                names,
+                step.producers,
+                consumers=step.consumers,
+                spans=step.spans,
+                weight_norm=self.weight_norm,
+            )
         else:
             affine_norm_(root, names)

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from normconv.errors import UsageError
 from normconv.layers import (
@@ -116,7 +117,7 @@ def test_trainability_is_inherited() -> None:
 
 def test_absorbing_is_refused_where_there_is_no_plain_weight() -> None:
     one = Affine(torch.ones(2).double(), torch.zeros(2).double())
-    for layer in (nn.ReLU(), weight_norm_(nn.Linear(2, 2)), nn.Embedding(2, 2)):
+    for layer in (nn.ReLU(), parametrizations.weight_norm(nn.Linear(2, 2)), nn.Embedding(2, 2)):
         with pytest.raises(UsageError, match="no plain weight"):
             absorb_affine_(layer, one)
     for layer in (nn.ReLU(), weight_norm_(nn.Linear(2, 2)), legacy_weight_norm(nn.Linear(2, 2))):
