@@ -1,7 +1,7 @@
 """Which layers can take a norm's map exactly: those before it, else those after it.
 
-Before: y = s · (W x + b) + t has rows s · W and bias s · b + t. After: W (s ∘ x + t) + b has columns W · s
-and bias b + W t, unless zeros are padded in between.
+Before: s · (W x + b) + t has rows s · W and bias s · b + t. After: W (s ∘ x + t) + b has columns W · s and
+bias b + W t, unless zeros are padded in between.
 """
 
 from __future__ import annotations
@@ -170,7 +170,8 @@ def _judgement(before: bool, chains: list[Chain], state: NormState) -> Judgement
 
 def _features(layer: nn.Module) -> int:
     layout, weight = layout_of(layer), layer._parameters["weight"]
-    assert layout is not None and weight is not None
+    assert layout is not None
+    assert weight is not None
     return layout.channels(weight)
 
 
