@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from benchmarks.machine import machine
+from benchmarks.zoo_inputs import SAMPLES
 from benchmarks.zoo_listing import Entry, listing, representatives
 from benchmarks.zoo_models import build, calls, preload
 from benchmarks.zoo_pool import Limits, Outcome, Tell, run_all
@@ -72,8 +73,8 @@ def _measure(library: str, name: str, tool: str, tell: Tell) -> None:
     inputs: Inputs | None = None
     for _, make in calls(library, name, model):
         try:
-            randomise_norms_(model, *make(4, 2))
-            args, kwargs = make(2, 1)
+            randomise_norms_(model, *make(SAMPLES))
+            args, kwargs = make(2)
             model.double()
             args, kwargs = cast_inputs((args, kwargs), torch.float64)
             reference = evaluate(model, args, kwargs)
