@@ -29,6 +29,7 @@ MODEL = (".pt", ".pth", ".safetensors")
 
 __all__ = [
     "MODEL",
+    "At",
     "Json",
     "Opened",
     "Out",
@@ -75,6 +76,10 @@ Input = Annotated[
     typer.Option(
         "--input", metavar="SHAPE|FILE", help="Example input: 2x3x224x224, file.pt or file.npz."
     ),
+]
+At = Annotated[
+    str,
+    typer.Option("--at", metavar="NAME", help="Only this submodule; inputs stay the model's."),
 ]
 Out = Annotated[Path | None, typer.Option("-o", "--out", help="The file to write.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]

@@ -10,6 +10,7 @@ import typer
 
 from normconv.cli.common import (
     MODEL,
+    At,
     Opened,
     Out,
     SourceOptions,
@@ -45,6 +46,7 @@ class RecipeOptions:
         option: the target's options, NAME=VALUE each.
         strict: refuse when a norm would have to stay.
         drop_unreached: empty the slots of norms that nothing calls.
+        at: the submodule whose norms are spoken of.
     """
 
     to: Annotated[
@@ -70,6 +72,7 @@ class RecipeOptions:
     drop_unreached: Annotated[
         bool, typer.Option("--drop-unreached", help="Empty the slots of norms that nothing calls.")
     ] = False
+    at: At = ""
 
     @property
     def keywords(self) -> dict[str, Any]:
@@ -80,6 +83,7 @@ class RecipeOptions:
             "options": options_from(self.option),
             "strict": self.strict,
             "drop_unreached": self.drop_unreached,
+            "at": self.at,
         }
 
 
@@ -130,9 +134,10 @@ def convert(
     """
     if output not in ("module", "graph"):
         raise UsageError(f"--output takes module or graph, not {output!r}")
-    if plan_file is not None and (recipe.to or recipe.include or recipe.exclude or recipe.option):
+    said = (recipe.to, recipe.include, recipe.exclude, recipe.option, recipe.at)
+    if plan_file is not None and any(said):
         raise UsageError(
-            "--plan already says what becomes of each site: leave --to and the globs out"
+            "--plan already says what becomes of each site: leave --to, --at and the globs out"
         )
     wanted = _read_plan(plan_file) or recipe.to or "wn"
     name = wanted if isinstance(wanted, str) else "-".join(wanted.targets) or "kept"

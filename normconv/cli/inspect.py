@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from normconv.cli.common import (
+    At,
     SourceOptions,
     command,
     stage,
@@ -21,22 +22,29 @@ __all__ = ["inspect"]
 @command
 def inspect(
     source: SourceOptions,
+    at: At = "",
 ) -> None:
     """Show every norm of a model, what feeds it, and whether that can absorb it."""
     opened = source.open()
     with stage("capture", as_json=source.as_json):
-        from normconv.graph import survey
+        from normconv.graph import survey, survey_within
 
-        found = survey(opened.model, opened.inputs.args, opened.inputs.kwargs)
+        inputs, notes = (opened.inputs.args, opened.inputs.kwargs), opened.loaded.notes
+        if at:
+            found, reached = survey_within(opened.model, at, *inputs)
+            notes += reached.notes
+        else:
+            found = survey(opened.model, *inputs)
     facts = {
         **opened.loaded.facts,
         "example inputs": opened.inputs.origin,
+        **({"at": at} if at else {}),
         "capture": found.method,
         "parameters": sum(p.numel() for p in opened.model.parameters()),
     }
     if source.as_json:
         sites = [site.__dict__ for site in found.sites]
-        document = {"facts": facts, "failures": found.failures, "sites": sites}
+        document = {"facts": facts, "failures": found.failures, "sites": sites, "notes": notes}
         typer.echo(json.dumps(jsonable(document), indent=2))
         return
     console = Console()
@@ -54,7 +62,7 @@ def inspect(
     more = f", {forward} into what they feed" if forward else ""
     console.print(f"{len(found.sites)} norms, {foldable} can be folded into what feeds them{more}")
     for note in (
-        *opened.loaded.notes,
+        *notes,
         *(f"capture by {k}: {v}" for k, v in found.failures.items()),
     ):
         console.print(f"[yellow]note:[/] {note}", highlight=False)

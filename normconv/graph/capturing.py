@@ -12,7 +12,10 @@ from normconv.errors import CaptureError, Problem
 from normconv.graph.calls import CallGraph
 from normconv.graph.export_capture import capture_with_export
 from normconv.graph.fx_capture import capture_with_fx
+from normconv.graph.hook_capture import capture_with_hooks
 from normconv.graph.names import Names
+from normconv.graph.running import first_line, refuse_to_run
+from normconv.graph.tracing import shapes_of
 from normconv.numerics import state_kept
 
 __all__ = ["METHODS", "capture"]
@@ -22,6 +25,7 @@ Method = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Names], CallGr
 METHODS: tuple[tuple[str, Method], ...] = (
     ("fx", capture_with_fx),
     ("export", capture_with_export),
+    ("hooks", capture_with_hooks),
 )
 
 
@@ -32,7 +36,10 @@ def capture(
     *,
     methods: tuple[str, ...] | None = None,
 ) -> CallGraph:
-    """Capture one forward pass of the model in its present mode. Nothing is computed or changed.
+    """Capture one forward pass of the model in its present mode. Nothing of it is changed.
+
+    `fx` and `export` compute nothing. When the first way fails the model is run once, so that inputs
+    it does not take are told as that and not once for every way; `hooks` runs it as well.
 
     Args:
         model: any module; dtype and device of the inputs must fit it.
@@ -41,46 +48,39 @@ def capture(
         methods: which captures to try, in order; all by default.
 
     Raises:
-        CaptureError: every capture failed; says how each did.
+        CaptureError: the model does not run on the inputs, naming the module that raised; or every
+            capture failed, saying how each did.
     """
-    with state_kept(model):
-        return _first_that_works(model, args, kwargs or {}, methods)
-
-
-def _first_that_works(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    methods: tuple[str, ...] | None,
-) -> CallGraph:
     names = Names(model)
     failures: dict[str, str] = {}
     for name, method in METHODS:
         if methods is not None and name not in methods:
             continue
         try:
-            graph = method(model, args, kwargs, names)
+            with state_kept(model):
+                graph = method(model, args, kwargs or {}, names)
         except (
             Exception
         ) as reason:  # the model is the user's: any exception means "try the next way"
-            failures[name] = _first_line(reason)
+            if not failures:
+                with state_kept(model):
+                    refuse_to_run(model, args, kwargs or {})
+            failures[name] = first_line(reason)
             continue
         return replace(graph, failures=failures)
-    # One reason that every way met is told once.
+    raise CaptureError(_all_failed(model, failures, (args, kwargs or {})))
+
+
+def _all_failed(model: nn.Module, failures: Mapping[str, str], given: Any) -> list[Problem]:
+    """A reason that several ways met is told once."""
     by_reason: dict[str, list[str]] = {}
     for name, why in failures.items():
         by_reason.setdefault(why, []).append(name)
-    given = [*args, *kwargs.values()]
-    shapes = ", ".join(str(tuple(value.shape)) for value in given if hasattr(value, "shape"))
-    way_out = f"check that the example inputs ({shapes or 'no tensors'}) fit the model"
-    raise CaptureError(
-        [
-            Problem(f"{type(model).__name__} ({' and '.join(methods_)})", why, way_out)
-            for why, methods_ in by_reason.items()
-        ]
+    way_out = (
+        f"check that the example inputs ({shapes_of(given)}) are what the model is used with, or convert "
+        "the submodule that holds the norms (at=, --at)"
     )
-
-
-def _first_line(reason: Exception) -> str:
-    text = str(reason).strip().splitlines()
-    return f"{type(reason).__name__}: {text[0] if text else 'no message'}"[:300]
+    return [
+        Problem(f"{type(model).__name__} ({' and '.join(methods)})", why, way_out)
+        for why, methods in by_reason.items()
+    ]

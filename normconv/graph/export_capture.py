@@ -13,9 +13,9 @@ import torch
 from torch import fx, nn
 
 from normconv.graph.calls import LIKE, Call, CallGraph, CallKind, first_shape, function_name
+from normconv.graph.exporting import export_program
 from normconv.graph.families import is_leaf
 from normconv.graph.names import Names
-from normconv.graph.quiet import quiet
 
 __all__ = ["capture_with_export"]
 
@@ -28,12 +28,9 @@ def capture_with_export(
     Raises:
         Exception: whatever `torch.export` meets.
     """
-    with torch.no_grad(), quiet():
-        program = torch.export.export(model, args, dict(kwargs), strict=False)
-    signature = program.graph_signature
-    tensor_names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    program = export_program(model, args, kwargs)
     modules = dict(model.named_modules(remove_duplicate=False))
-    return _Grouping(tensor_names, modules, names).read(program.graph)
+    return _Grouping(program.tensor_names, modules, names).read(program.graph)
 
 
 class _Grouping:

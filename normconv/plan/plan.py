@@ -82,9 +82,11 @@ class Plan:
         steps: one per site, in call order.
         model: the model's class name.
         fingerprint: hash over names, classes and shapes of the model; never over weights.
-        capture: which capture told the dataflow (``fx`` or ``export``).
+        capture: which capture told the dataflow (``fx``, ``export`` or ``hooks``).
         targets: the targets asked for.
         notes: what the reader should know.
+        at: the submodule whose norms the steps speak of, by their names in the whole model; empty for
+            the whole model.
 
     >>> step = Step("bn1", "BatchNorm2d", "wn", "fold", 8, producers=("conv1",), op="conv2d")
     >>> plan = Plan((step,), "Net", "0" * 64, "fx", ("wn",))
@@ -98,6 +100,7 @@ class Plan:
     capture: str
     targets: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    at: str = ""
 
     @property
     def target(self) -> str:
@@ -116,7 +119,11 @@ class Plan:
             subject=self.model,
             target=self.target,
             sites=tuple(step.row() for step in self.steps),
-            facts={"capture": self.capture, "actions": self.counts()},
+            facts={
+                **({"at": self.at} if self.at else {}),
+                "capture": self.capture,
+                "actions": self.counts(),
+            },
             notes=self.notes,
             plan=self.to_dict(),
         )
@@ -225,7 +232,7 @@ def _without_defaults(step: Step) -> dict[str, Any]:
 # What stands in each field: a type, a tuple of one type, or one of some words.
 _SHAPES: dict[str, Any] = {
     **dict.fromkeys(("site", "norm", "target", "action", "op", "fidelity", "reason", "model"), str),
-    **dict.fromkeys(("fingerprint", "capture"), str),
+    **dict.fromkeys(("fingerprint", "capture", "at"), str),
     **dict.fromkeys(("producers", "consumers", "spans", "aliases", "targets", "notes"), (str,)),
     "steps": (object,),
     "channels": int,

@@ -1,4 +1,4 @@
-"""Which modules are norms, what is in them, and what the two captures see."""
+"""Which modules are norms, what is in them, and what the captures see."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from normconv.numerics import relative_l2
 from normconv.proof import evaluate, randomise_norms_
 from tests.zoo import ZOO, CircularConv, ConvRelu, HandFrozenNorm, OddEpsNorm, PlusOne, x
 
-BOTH = pytest.mark.parametrize("method", ["fx", "export"])
+EACH = pytest.mark.parametrize("method", ["fx", "export", "hooks"])
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_first_shape_of_nested_values() -> None:
     assert first_shape(3) is None
 
 
-@BOTH
+@EACH
 def test_capture_names_calls_users_and_shapes(method: str) -> None:
     model = ZOO["other_user"].build().eval()
     graph = capture(model, ZOO["other_user"].args, methods=(method,))
@@ -177,7 +177,7 @@ def test_capture_names_calls_users_and_shapes(method: str) -> None:
     assert graph.outside_reads == frozenset()
 
 
-@BOTH
+@EACH
 def test_capture_sees_outside_reads_and_functional_norms(method: str) -> None:
     graph = capture(ZOO["reads_norm"].build().eval(), ZOO["reads_norm"].args, methods=(method,))
     assert graph.outside_reads == {"bn"}
@@ -195,10 +195,10 @@ def test_capture_falls_back_and_remembers_why() -> None:
     assert "fx" in found.failures
 
 
-def test_capture_failure_tells_all_ways_and_shapes() -> None:
+def test_inputs_that_do_not_fit_are_told_once_with_the_module_and_shapes() -> None:
     with pytest.raises(CaptureError) as caught:
         capture(ZOO["conv2d"].build(), (torch.zeros(2, 5, 6, 6),))
-    assert [p.where for p in caught.value.problems] == ["Sequential (fx and export)"]
+    assert [p.where for p in caught.value.problems] == ["conv (Conv2d)"]
     assert all("(2, 5, 6, 6)" in p.way_out for p in caught.value.problems)
 
 
