@@ -17,7 +17,9 @@ __version__ = "0.1.0"
 # One table: a public name and the module that defines it.
 _PUBLIC = {
     "apply_plan": "normconv.surgery",
+    "apply_plan_": "normconv.surgery",
     "convert": "normconv.api",
+    "convert_": "normconv.api",
     "export_onnx": "normconv.deploy",
     "fold": "normconv.folding",
     "load": "normconv.sources",
@@ -59,6 +61,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from normconv.api import convert as convert
+    from normconv.api import convert_ as convert_
     from normconv.deploy import export_onnx as export_onnx
     from normconv.deploy import verify as verify
     from normconv.errors import CaptureError as CaptureError
@@ -81,4 +84,5 @@ if TYPE_CHECKING:
     from normconv.sources import save as save
     from normconv.surgery import Result as Result
     from normconv.surgery import apply_plan as apply_plan
+    from normconv.surgery import apply_plan_ as apply_plan_
     from normconv.surgery import make_plan as make_plan

@@ -14,12 +14,24 @@ from normconv.graph import trace
 from normconv.graph.passes import FunctionalNormsToModules
 from normconv.numerics import evaluating, give_back_memory
 from normconv.plan import Plan, Recipe, Rule
-from normconv.proof import prove
+from normconv.proof import Proof, prove_recorded_within, record_original_within
+from normconv.proof import prove as prove_models
 from normconv.report import Report
 from normconv.sources import example_inputs as inputs_for
-from normconv.surgery import Result, apply_plan, checked_inputs, make_plan
+from normconv.surgery import (
+    Result,
+    apply_plan,
+    apply_plan_,
+    check_plan,
+    checked_inputs,
+    lazy_modules,
+    lazy_note,
+    make_plan,
+    materialise_,
+    materialised,
+)
 
-__all__ = ["convert", "prove_conversion", "to_graph"]
+__all__ = ["convert", "convert_", "prove_conversion", "to_graph"]
 
 
 def convert(
@@ -33,12 +45,14 @@ def convert(
     options: Mapping[str, Any] | None = None,
     strict: bool = True,
     drop_unreached: bool = False,
+    at: str = "",
     output: Literal["module", "graph"] = "module",
 ) -> Result:
     """Return a copy of the model with its norms rewritten, proved to compute the same.
 
     The result is of the same class with the same attribute names; training flags, dtype and device
-    stay. The proof runs both models in eval mode on the example inputs.
+    stay. The proof runs both models in eval mode on the example inputs. Lazy layers of the copy get
+    their shapes from them.
 
     Args:
         model: any module with BatchNorm; not changed.
@@ -51,6 +65,9 @@ def convert(
         options: the target's options.
         strict: refuse when a norm would stay that was not excluded.
         drop_unreached: empty the slots of norms that neither eval nor train mode calls.
+        at: the name of a submodule: only its norms are converted, and only it need be traceable. The
+            inputs are still those of the whole model. The proof is made on what the submodule gets
+            there, and on the whole model's outputs where that repeats itself.
         output: ``graph`` returns an `fx.GraphModule` rewritten by FX passes.
 
     Raises:
@@ -67,11 +84,14 @@ def convert(
     """
     if output not in ("module", "graph"):
         raise UsageError(Problem("output", f"it is 'module' or 'graph', not {output!r}"))
-    origin = "given"
-    if example_inputs is None and example_kwargs is None and isinstance(model, nn.Module):
-        found = inputs_for(model)
-        example_inputs, example_kwargs, origin = found.args, found.kwargs, found.origin
-    args, kwargs = checked_inputs(model, example_inputs, example_kwargs)
+    if at and output == "graph":
+        raise UsageError(
+            Problem("at", 'it goes with output="module"', "convert the submodule alone")
+        )
+    _check_at(to, at)
+    args, kwargs, origin = _inputs_of(model, example_inputs, example_kwargs)
+    notes = _lazy_notes(model)
+    model = materialised(model, args, kwargs)
     base = to_graph(model, args, kwargs) if output == "graph" else model
     if isinstance(to, Plan):
         plan = to
@@ -86,8 +106,10 @@ def convert(
             options=options,
             strict=strict,
             drop_unreached=drop_unreached,
+            at=at,
         )
     result = apply_plan(base, plan)
+    result = result._replace(report=result.report.extended(notes=notes))
     # The sites of a graph are those of the trace: it may have norms that the model calls as functions.
     traced = base if base is not model else None
     del base
@@ -113,17 +135,139 @@ def prove_conversion(
         CheckFailed: some check failed.
     """
     facts = {"example inputs": origin, "result class": type(result.model).__name__}
-    if any(parameter.is_meta for parameter in original.parameters()):
-        note = "nothing was proved: a model on the meta device has no values"
-        report = _as_convert(result.report.extended(facts=facts, notes=(note,)))
-        return Result(result.model, report)
-    proof = prove(traced or original, result.model, plan.steps, args, kwargs)
+    if _is_meta(original):
+        return _unproved(result, facts, _META)
+    recording = record_original_within(traced or original, plan.at, plan.steps, args, kwargs)
+    proof = prove_recorded_within(recording, result.model)
     checks = proof.checks
     if traced is not None:  # and the whole against the model itself, not only against its trace
-        checks += prove(original, result.model, (), args, kwargs).checks
+        checks += prove_models(original, result.model, (), args, kwargs).checks
+    return _proved(result, replace(proof, checks=checks), facts)
+
+
+def convert_(
+    model: nn.Module,
+    to: str | Rule | Recipe | Sequence[Rule] | Plan = "wn",
+    *,
+    example_inputs: tuple[Any, ...] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    options: Mapping[str, Any] | None = None,
+    strict: bool = True,
+    drop_unreached: bool = False,
+    at: str = "",
+    prove: bool = True,
+) -> Result:
+    """Rewrite the norms of the model itself, as `convert` does on a copy, without the memory of a copy.
+
+    What refuses does so before the first write; see `apply_plan_` for memory, and for which parameters
+    keep their identity. The proof records what the original puts out, in its own dtype and in float64,
+    before the edit, and compares afterwards.
+
+    Args:
+        model: any module with BatchNorm; changed, and the model of the result.
+        to: a target name, rules, a `Recipe`, or a `Plan` to carry out.
+        example_inputs: positional inputs; None finds some as `convert` does.
+        example_kwargs: keyword inputs.
+        include: globs of sites to convert; all by default.
+        exclude: globs of sites to keep.
+        options: the target's options.
+        strict: refuse when a norm would stay that was not excluded.
+        drop_unreached: empty the slots of norms that neither eval nor train mode calls.
+        at: the name of a submodule: only its norms are converted, and only it need be traceable. The
+            inputs are still those of the whole model. The proof is made on what the submodule gets
+            there, and on the whole model's outputs where that repeats itself.
+        prove: compare; without it nothing is run, and the report says so.
+
+    Raises:
+        PlanError: some norm cannot be converted; the model is as it was.
+        CaptureError: no dataflow graph could be made; the model is as it was.
+        CheckFailed: the proof failed. The model has been changed by then and nothing brings it back:
+            where that would be a loss keep a checkpoint, or use `convert`.
+        UsageError: unknown target or option, a rule that matches nothing; the model is as it was.
+
+    >>> import normconv as nc
+    >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    >>> weight = net[0].weight
+    >>> model, report = nc.convert_(net, to="plain", example_inputs=(torch.randn(2, 3, 8, 8),))
+    >>> report.passed, model is net, model[0].weight is weight, type(model[1]).__name__
+    (True, True, True, 'Identity')
+    """
+    _check_at(to, at)
+    args, kwargs, origin = _inputs_of(model, example_inputs, example_kwargs)
+    notes = _lazy_notes(model)
+    shaped = materialised(model, args, kwargs)
+    if isinstance(to, Plan):
+        plan = to
+    else:
+        plan = make_plan(
+            shaped,
+            to,
+            example_inputs=args,
+            example_kwargs=kwargs,
+            include=include,
+            exclude=exclude,
+            options=options,
+            strict=strict,
+            drop_unreached=drop_unreached,
+            at=at,
+        )
+    check_plan(shaped, plan, in_place=True)
+    if shaped is not model:
+        del shaped
+        materialise_(model, args, kwargs)
+    give_back_memory(cycles=True)  # traces, which hold the weights
+    proving = prove and not _is_meta(model)
+    recording = None
+    if proving:
+        recording = record_original_within(model, plan.at, plan.steps, args, kwargs, for_good=True)
+    result = apply_plan_(model, plan)
+    result = result._replace(report=result.report.extended(notes=notes))
+    facts = {"example inputs": origin, "result class": type(model).__name__}
+    if recording is None:
+        return _unproved(result, facts, _META if prove else "nothing was proved: prove=False")
+    return _proved(result, prove_recorded_within(recording, model), facts)
+
+
+def _check_at(to: object, at: str) -> None:
+    if isinstance(to, Plan) and at not in ("", to.at):
+        what = f"the plan is for {to.at!r}" if to.at else "the plan is for the whole model"
+        raise UsageError(Problem(f"at={at!r}", what, "leave at= out"))
+
+
+_META = "nothing was proved: a model on the meta device has no values"
+
+
+def _inputs_of(
+    model: nn.Module, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None
+) -> tuple[tuple[Any, ...], dict[str, Any], str]:
+    """Return positional and keyword inputs, and where they come from."""
+    origin = "given"
+    if args is None and kwargs is None and isinstance(model, nn.Module):
+        found = inputs_for(model)
+        args, kwargs, origin = found.args, found.kwargs, found.origin
+    return (*checked_inputs(model, args, kwargs), origin)
+
+
+def _lazy_notes(model: nn.Module) -> tuple[str, ...]:
+    lazy = len(lazy_modules(model))
+    return (lazy_note(lazy),) if lazy else ()
+
+
+def _is_meta(model: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def _unproved(result: Result, facts: Mapping[str, Any], note: str) -> Result:
+    report = _as_convert(result.report.extended(facts=facts, notes=(note,)))
+    return Result(result.model, report)
+
+
+def _proved(result: Result, proof: Proof, facts: Mapping[str, Any]) -> Result:
     report = _as_convert(
         result.report.extended(
-            sites=proof.rows, checks=checks, facts={**facts, **proof.facts}, notes=proof.notes
+            sites=proof.rows, checks=proof.checks, facts={**facts, **proof.facts}, notes=proof.notes
         )
     )
     if not report.passed:

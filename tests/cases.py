@@ -52,7 +52,7 @@ class Case:
     plan: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     after: Callable[[nn.Module], None] | None = None
-    captures: tuple[str, ...] = ("fx", "export")
+    captures: tuple[str, ...] = ("fx", "export", "hooks")
     pickles: bool = True
     no_grad_of: tuple[str, ...] = ()
     graph: bool = False

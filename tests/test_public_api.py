@@ -11,7 +11,18 @@ import pytest
 
 import normconv
 
-VERBS = {"apply_plan", "convert", "export_onnx", "fold", "load", "make_plan", "save", "verify"}
+VERBS = {
+    "apply_plan",
+    "apply_plan_",
+    "convert",
+    "convert_",
+    "export_onnx",
+    "fold",
+    "load",
+    "make_plan",
+    "save",
+    "verify",
+}
 # Fixed by the design and not built yet: a name moves up when it comes.
 LATER = {"audit", "bench", "calibrate", "recover", "refactor", "wrap"}
 DATA = {"Check", "Plan", "Recipe", "Report", "Result", "Rule", "Step"}

@@ -7,6 +7,7 @@ as an affine map in their slot, or refuse it with a reason that holds a given wo
 from __future__ import annotations
 
 import dataclasses
+import types
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from torch.nn.utils import parametrizations
 from tests.cases import Case as Case
 from tests.cases import x as x
 from tests.zoo_flows import FLOWS
+from tests.zoo_forms import FORMS
 
 
 def _conv_bn(conv: nn.Module, norm: nn.Module, *rest: nn.Module) -> nn.Sequential:
@@ -927,7 +929,7 @@ ZOO: dict[str, Case] = {
     # dataflow
     "shared_conv": Case(SharedConv, (C2,), affine=2),
     "conv_twice": Case(ConvTwice, (C2,), affine=2),
-    "block_twice": Case(BlockTwice, (C2,), affine=1),
+    "block_twice": Case(BlockTwice, (C2,), fold=1),
     "shared_norm": Case(SharedNorm, (C2,), fold=1),
     "shared_norm_mixed": Case(SharedNormMixed, (C2,), affine=1),
     "two_names": Case(TwoNames, (C2,), fold=1),
@@ -1033,7 +1035,7 @@ ZOO: dict[str, Case] = {
         fold=1,
         float64=False,
     ),
-    "control_flow": Case(ControlFlow, (C2,), fold=1, captures=("export",)),
+    "control_flow": Case(ControlFlow, (C2,), fold=1, captures=("export", "hooks")),
     "optional_argument": Case(OptionalArgument, (C2,), fold=1),
     "keyword_input": Case(KeywordInput, (C2,), {"mask": x(2, 4, 4, 4, seed=1)}, fold=1),
     "several_inputs": Case(
@@ -1041,7 +1043,7 @@ ZOO: dict[str, Case] = {
     ),
     "returns_dict": Case(ReturnsDict, (C2,), fold=1),
     "returns_namedtuple": Case(ReturnsPair, (C2,), fold=1),
-    "returns_dataclass": Case(ReturnsDataclass, (C2,), fold=1, captures=("fx",)),
+    "returns_dataclass": Case(ReturnsDataclass, (C2,), fold=1),
     "auxiliary_head": Case(AuxHead, (C2,), fold=2),
     "auxiliary_shares_conv": Case(
         AuxShares, (C2,), affine=2, no_grad_of=("main.scale", "main.shift")
@@ -1056,6 +1058,7 @@ ZOO: dict[str, Case] = {
     "bottleneck_torchvision": Case(tv_bottleneck, (x(2, 8, 6, 6),), fold=3),
     "depthwise_separable_timm": Case(timm_depthwise_separable, (x(2, 4, 6, 6),), fold=2),
     **FLOWS,
+    **FORMS,
     "wrapped": Case(
         lambda: nn.DataParallel(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))),
         (C2,),
@@ -1068,3 +1071,27 @@ def _poisoned(value: float) -> nn.Module:
     norm = nn.BatchNorm2d(4)
     norm.running_var[1] = value
     return norm
+
+
+def norm_with_scale() -> nn.Module:
+    """An attribute of the user's has the name of a parameter of `ChannelAffine`."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4))
+    net[2].scale = 2.0
+    return net
+
+
+def _relu_after(self: nn.Module, y: Tensor) -> Tensor:
+    return type(self).forward(self, y).relu()
+
+
+def patched_conv() -> nn.Module:
+    """One layer's forward is patched, not its class's."""
+    net = _conv_bn(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    net.conv.forward = types.MethodType(_relu_after, net.conv)
+    return net
+
+
+ZOO |= {
+    "attribute_named_scale": Case(norm_with_scale, (C2,), affine=1),
+    "patched_conv": Case(patched_conv, (C2,), affine=1, pickles=False),
+}

@@ -141,6 +141,26 @@ def two_norms_of_halves(m: Any, x: Tensor) -> Tensor:
     return torch.tanh(m.bn(a)) + m.bn_b(b)
 
 
+class TrainingBranch(nn.Module):
+    """Training mode uses the conv's output once more: it must go on seeing it as it was."""
+
+    def __init__(self, norm_in_branch: bool = False, forward_fold: bool = False) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        last: nn.Module = nn.BatchNorm2d(2) if norm_in_branch else nn.ReLU()
+        self.aux = nn.Sequential(nn.Conv2d(4, 2, 1), last)
+        self.act: nn.Module = nn.ReLU() if forward_fold else nn.Identity()
+        self.head = nn.Conv2d(4, 2, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.conv(x)
+        z = self.bn(self.act(y))
+        out = self.head(torch.relu(z) if type(self.act) is nn.Identity else z)
+        if self.training:
+            return out, self.aux(z if type(self.act) is nn.ReLU else y)
+        return out
+
+
 # --- after the norm -------------------------------------------------------------------------------
 
 
@@ -243,6 +263,9 @@ FLOWS: dict[str, Case] = {
     "two_norms_of_halves": Case(
         flow(two_norms_of_halves, conv=conv(3, 8, 3), bn=bn2(4), bn_b=bn2(4)), C, affine=2
     ),
+    "training_branch": Case(TrainingBranch, C, affine=1),
+    "training_branch_with_norm": Case(lambda: TrainingBranch(True), C, affine=1, fold=1),
+    "training_branch_after_norm": Case(lambda: TrainingBranch(forward_fold=True), C, affine=1),
     "forward_conv": Case(flow(then, bn=bn2(4), after=conv(4, 3, 3)), W4, forward=1),
     "forward_pointwise": Case(
         flow(then, bn=bn2(4), after=conv(4, 3, 1, bias=False)), W4, forward=1

@@ -16,11 +16,10 @@ from normconv.folding.torch_weight_norm import (
     hooked_names,
     parametrized_names,
 )
-from normconv.graph import capture, judge
+from normconv.graph import survey
 from normconv.graph.passes import settle_
 from normconv.graph.rewrite import absorb_norm_
 from normconv.layers import ChannelAffine, Reparametrised, copy_model, fold_layer_
-from normconv.numerics import evaluating
 from normconv.plan import Plan, history_of, record
 from normconv.report import Report, SiteRow
 from normconv.surgery import Result, apply_plan
@@ -109,9 +108,7 @@ def _row(name: str, module: nn.Module, kind: str, repaired: Tensor) -> SiteRow:
 def _fold_affines_(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    with evaluating(model):
-        graph = capture(model, args, kwargs)
-    sites = judge(model, graph, "eval", wanted=lambda module: isinstance(module, ChannelAffine))
+    sites = survey(model, args, kwargs, wanted=lambda m: isinstance(m, ChannelAffine)).sites
     entries: list[dict[str, Any]] = [
         {
             "names": [site.name, *site.aliases],

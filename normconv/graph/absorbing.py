@@ -1,19 +1,20 @@
 """Which layers can take a norm's map exactly: those before it, else those after it.
 
-Before: s · (W x + b) + t has rows s · W and bias s · b + t. After: W (s ∘ x + t) + b has columns W · s and
-bias b + W t, unless zeros are padded in between.
+Before: s · (W x + b) + t has rows s · W and bias s · b + t. After: W (s ∘ x + t) + b has columns W · s
+and bias b + W t, unless zeros are padded in between.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import nn
 
 from normconv.graph.calls import Call, CallGraph
 from normconv.graph.chains import Chain, Chains, has_hooks
 from normconv.graph.families import NormState, trailing_of
+from normconv.graph.hidden import held_by_functions
 from normconv.graph.names import Names
 from normconv.graph.probe import absorbs_affine, absorbs_input_affine
 from normconv.layers import Reparametrised, layout_of
@@ -59,18 +60,40 @@ class Absorbers:
         self._names = names
         self._other = other
         self._chains = Chains(model, graph)
+        self._bound = held_by_functions(model)
 
     def judge(self, norm: nn.Module, calls: tuple[Call, ...], state: NormState) -> Judgement:
         """Say which layers can take the map of a norm over all its calls."""
-        chains = [self._before(call, norm, state) for call in calls]
-        obstacle = next((chain for chain in chains if isinstance(chain, str)), "")
-        if not obstacle:
-            return _judgement(True, [c for c in chains if isinstance(c, Chain)], state)
-        after = [self._after(call, norm, state) for call in calls]
-        if all(isinstance(chain, Chain) for chain in after):
-            found = _judgement(False, [c for c in after if isinstance(c, Chain)], state)
-            return replace(found, obstacle=obstacle)
-        return Judgement(obstacle=obstacle)
+        before = self._agreed([self._before(call, norm, state) for call in calls], state)
+        if not isinstance(before, str):
+            layers, spans = before
+            return Judgement(layers, spans=spans)
+        after = self._agreed([self._after(call, norm, state) for call in calls], state)
+        if isinstance(after, str):
+            return Judgement(obstacle=before)
+        layers, spans = after
+        return Judgement((), layers, spans, obstacle=before)
+
+    def _agreed(
+        self, chains: list[Chain | str], state: NormState
+    ) -> tuple[tuple[str, ...], tuple[str, ...]] | str:
+        """Join what the norm's calls say: a layer called often must end a chain each time."""
+        spans: dict[str, Span] = {}
+        seen: dict[str, set[int]] = {}
+        for chain in chains:
+            if isinstance(chain, str):
+                return chain
+            whole = (Span(0, state.channels),)
+            for end, span in zip(chain.ends, chain.spans or whole, strict=True):
+                if spans.setdefault(end.target, span) != span:
+                    return f"the features of {end.target} are other channels in another call"
+                seen.setdefault(end.target, set()).add(end.index)
+        for name, ends in seen.items():
+            times = len(self._graph.calls_of[name])
+            if times != len(ends):
+                return f"{name} is called {times} times"
+        direct = all(chain.direct for chain in chains if isinstance(chain, Chain))
+        return tuple(spans), () if direct else tuple(str(span) for span in spans.values())
 
     def _before(self, call: Call, norm: nn.Module, state: NormState) -> Chain | str:
         chain = self._chains.before(call, state.channels)
@@ -109,9 +132,6 @@ class Absorbers:
     def _shared(self, end: Call) -> str:
         """Who else would see an edit of the layer."""
         name = end.target
-        times = len(self._graph.calls_of[name])
-        if times > 1:
-            return f"{name} is called {times} times"
         if self._other is not None and name in self._other.calls_of:
             return f"{name} is also called in the other mode"
         if name in self._graph.outside_reads:
@@ -126,6 +146,8 @@ class Absorbers:
             or "parametrizations" in layer._modules
         ):
             return f"the weight of {name} is computed from other parameters (fold it first)"
+        if function := self._bound.get(id(layer)):
+            return f"{function} is a function that holds {name}: a copy would call the original"
         if has_hooks(layer) or has_hooks(norm):
             return f"{name} or the norm has forward hooks, which would see other values"
         tied = [t for t in (weight, bias) if t is not None and len(self._names.owners(t)) > 1]
@@ -157,15 +179,6 @@ class Absorbers:
             return f"{name} has its own forward and no traced shape"
         difference = probe(layer, shape)
         return f"{name}: {difference}" if difference else ""
-
-
-def _judgement(before: bool, chains: list[Chain], state: NormState) -> Judgement:
-    layers = tuple(end.target for chain in chains for end in chain.ends)
-    spans: tuple[str, ...] = ()
-    if not all(chain.direct for chain in chains):
-        whole = (Span(0, state.channels),)
-        spans = tuple(str(span) for chain in chains for span in chain.spans or whole)
-    return Judgement(layers, spans=spans) if before else Judgement((), layers, spans)
 
 
 def _features(layer: nn.Module) -> int:
@@ -202,4 +215,6 @@ def _overrides_forward(layer: nn.Module) -> bool:
     ]
     known = families[0]
     names = ("forward", "_conv_forward", "_output_padding")
+    if any(name in vars(layer) for name in names):  # patched on this one layer
+        return True
     return any(getattr(type(layer), n, None) is not getattr(known, n, None) for n in names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
 from normconv.layers import ChannelAffine, layout_of
-from normconv.numerics import Affine, norm_affine
+from normconv.numerics import Affine, all_finite, norm_affine
 
 __all__ = ["NormState", "has_known_forward", "is_leaf", "is_norm", "norm_state", "trailing_of"]
 
@@ -60,7 +61,7 @@ def is_leaf(module: nn.Module) -> bool:
 
 def has_known_forward(norm: nn.Module) -> bool:
     """Say whether the norm computes with a forward that torch itself defines."""
-    return getattr(type(norm), "forward", None) in _KNOWN_FORWARDS
+    return "forward" not in vars(norm) and getattr(type(norm), "forward", 0) in _KNOWN_FORWARDS
 
 
 def trailing_of(norm: nn.Module) -> dict[str, nn.Module]:
@@ -141,7 +142,9 @@ def norm_state(norm: nn.Module) -> NormState | str:
         return "it is lazy and has no parameters yet"
     eps = getattr(norm, "eps", None)
     if not isinstance(eps, (int, float)):
-        return "it has no number `eps`"
+        eps = _eps_inside(norm)
+        if eps is None:
+            return "it has no number `eps`, and its forward does not tell it"
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and (not isinstance(tensor, Tensor) or tensor.shape != mean.shape):
@@ -152,12 +155,35 @@ def norm_state(norm: nn.Module) -> NormState | str:
     return _unusable_values(state) or state
 
 
+def _eps_inside(norm: nn.Module) -> float | None:
+    """Measure the eps of a norm that has it in its code: with γ = 1 and σ² = 0 its slope is 1/√eps.
+
+    Whether the norm is the affine map that this eps makes of it is the probe's business.
+    """
+    twin: Any = copy.deepcopy(norm)
+    if any(t.is_meta for t in [*twin.parameters(), *twin.buffers()]):
+        twin = twin.to_empty(device="cpu")
+    twin = twin.to(device="cpu", dtype=torch.float64).eval()
+    channels = twin.running_mean.numel()
+    values = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 0.0}
+    try:
+        with torch.no_grad():
+            for name, value in values.items():
+                if isinstance(getattr(twin, name, None), Tensor):
+                    getattr(twin, name).fill_(value)
+            slope = twin(torch.ones(1, channels, 1, 1, dtype=torch.float64)).flatten()[0].item()
+    except Exception:  # the class is the user's
+        return None
+    eps = slope**-2 if slope else 0.0
+    return float(f"{eps:.7g}") if 0 < eps < 1 else None
+
+
 def _unusable_values(state: NormState) -> str:
     if state.mean.is_meta:
         return ""
     tensors = {"running_mean": state.mean, "running_var": state.var}
     tensors |= {k: t for k, t in (("weight", state.weight), ("bias", state.bias)) if t is not None}
-    broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    broken = [name for name, tensor in tensors.items() if not all_finite(tensor)]
     if broken:
         return f"{' and '.join(broken)} holds NaN or infinity"
     if bool((state.var.double() + state.eps <= 0).any()):

@@ -9,12 +9,13 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.nn.modules.batchnorm import _NormBase
 
 from normconv.graph.calls import LIKE, Call, CallGraph, first_shape, function_name
-from normconv.graph.families import is_leaf
+from normconv.graph.families import is_leaf, is_norm
 from normconv.graph.names import Names
 from normconv.graph.quiet import quiet
 
@@ -86,13 +87,36 @@ def capture_with_fx(
 
 
 class _Propagation(FakeTensorProp):
-    """Keeps sizes and other plain values as well."""
+    """Keeps sizes and other plain values as well; runs no norm whose output is like its input."""
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module: Any = self.fetch_attr(target)
+        if len(args) == 1 and not kwargs and _is_like_its_input(module, args[0]):
+            # torch decomposes a fake batch norm anew each time: most of the time of a capture.
+            return torch.empty_like(args[0])
+        return super().call_module(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if _is_plain(value):
             n.meta[_PLAIN] = value
         return value
+
+
+def _is_like_its_input(module: nn.Module, x: Any) -> bool:
+    """Whether the module is a norm and nothing speaks against its taking x.
+
+    One whose forward we do not know is probed later on, and refused if it is no such map.
+    """
+    mean = getattr(module, "running_mean", None)
+    if mean is None or not is_norm(module):
+        return False
+    if module._forward_hooks or module._forward_pre_hooks or not isinstance(x, Tensor):
+        return False
+    if isinstance(module, _NormBase):
+        module._check_input_dim(x)
+    fits = x.dim() > 1 and x.shape[1] == mean.numel() and x.numel() > 0
+    return fits and (x.dtype, x.device) == (mean.dtype, mean.device)
 
 
 _PLAIN = "normconv_plain_value"

@@ -167,7 +167,8 @@ class FunctionalNormsToModules(GraphPass):
             gm.add_submodule(name, norm)
             with gm.graph.inserting_before(node):
                 new = gm.graph.call_module(name, (call.arguments["input"],))
-            new.meta = dict(node.meta)
+            # torch.export believes a node's module stack: this norm is not inside the old module.
+            new.meta = {k: v for k, v in node.meta.items() if k != "nn_module_stack"}
             node.replace_all_uses_with(new)
             gm.graph.erase_node(node)
             modified = True

@@ -44,18 +44,20 @@ def absorb_norm_(
     """
     norm = root.get_submodule(names[0])
     state = _readable(norm, names[0])
-    absorb = absorb_affine_ if producers else absorb_input_affine_
     for place, name in enumerate(producers or consumers):
-        affine = _over(state.affine, Span.read(spans[place])) if spans else state.affine
-        layer = root.get_submodule(name)
-        absorb(layer, affine, weight_norm=weight_norm, bias_trainable=state.bias_trainable)
+        layer, affine, center = root.get_submodule(name), state.affine, state.mean
+        if spans:
+            features = torch.tensor(Span.read(spans[place]).channels, device=center.device)
+            affine = Affine(affine.scale[features], affine.shift[features])
+            center = center[features]
+        trained = state.bias_trainable
+        if producers:
+            absorb_affine_(layer, affine, weight_norm=weight_norm, bias_trainable=trained)
+        else:
+            absorb_input_affine_(
+                layer, affine, center=center, weight_norm=weight_norm, bias_trainable=trained
+            )
     replace_module_(root, names, _slot(norm, None))
-
-
-def _over(affine: Affine, span: Span) -> Affine:
-    """Return the map of each feature of a layer."""
-    channels = torch.tensor(span.channels, device=affine.scale.device)
-    return Affine(affine.scale[channels], affine.shift[channels])
 
 
 def affine_norm_(root: nn.Module, names: Sequence[str], *, trainable: bool | None = None) -> None:
@@ -118,12 +120,24 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-_OF_THE_NORM = frozenset({"num_features", "eps", "momentum", "affine", "track_running_stats"})
+_OF_THE_NORM = frozenset(
+    # The last two are how the norm itself is called, compiled in place or patched.
+    [
+        "num_features",
+        "eps",
+        "momentum",
+        "affine",
+        "track_running_stats",
+        "_compiled_call_impl",
+        "forward",
+    ]
+)
 
 
 def _carry_attributes(norm: nn.Module, slot: nn.Module) -> None:
     """Move what the user hung on the norm (`bn.tag = ...`); what describes the norm goes with it."""
-    usual = nn.Module().__dict__.keys() | slot.__dict__.keys() | _OF_THE_NORM
+    taken = {*slot.__dict__, *slot._parameters, *slot._buffers, *slot._modules}
+    usual = nn.Module().__dict__.keys() | taken | _OF_THE_NORM
     for name, value in norm.__dict__.items():
         if name not in usual:
             setattr(slot, name, value)

@@ -6,8 +6,9 @@ can absorb the norm exactly or in one sentence why none can. What to do with tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -15,11 +16,14 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normconv.errors import CaptureError
 from normconv.graph.absorbing import Absorbers
+from normconv.graph.branches import training_branches
 from normconv.graph.calls import Call, CallGraph
 from normconv.graph.capturing import capture
+from normconv.graph.coupling import batch_norm_calls
 from normconv.graph.families import (
     NormState,
     has_known_forward,
+    is_leaf,
     is_norm,
     norm_state,
     trailing_of,
@@ -28,9 +32,9 @@ from normconv.graph.hidden import hidden_references
 from normconv.graph.names import Names
 from normconv.graph.probe import is_affine_then_children
 from normconv.layers import kind_of
-from normconv.numerics import evaluating, in_training_mode
+from normconv.numerics import evaluating
 
-__all__ = ["Site", "Survey", "judge", "norm_names", "survey"]
+__all__ = ["Phase", "Site", "Survey", "judge", "norm_names", "survey", "survey_graphs"]
 
 Phase = Literal["eval", "train", "none"]
 
@@ -80,12 +84,14 @@ class Survey:
         method: the capture that told the dataflow.
         failures: why captures tried before failed, by capture.
         functional_norms: calls of `F.batch_norm`, which no module holds.
+        batch_calls: how many calls of `F.batch_norm` normalize activations with their own batch.
     """
 
     sites: tuple[Site, ...]
     method: str
     failures: Mapping[str, str] = field(default_factory=dict)
     functional_norms: tuple[str, ...] = ()
+    batch_calls: int = 0
 
 
 def survey(
@@ -94,8 +100,9 @@ def survey(
     kwargs: Mapping[str, Any] | None = None,
     *,
     methods: tuple[str, ...] | None = None,
+    wanted: Callable[[nn.Module], bool] = is_norm,
 ) -> Survey:
-    """Find and judge every norm of a model.
+    """Find and judge every norm of a model, or every module that is wanted.
 
     Norms that eval mode never calls (auxiliary heads) are looked for in a capture in
     training mode.
@@ -108,41 +115,87 @@ def survey(
     >>> survey(net, (torch.zeros(2, 3, 8, 8),)).sites[0].producers
     ('0',)
     """
-    with evaluating(model):
-        graph = capture(model, args, kwargs, methods=methods)
-    found = judge(model, graph, "eval")
-    missing = [name for name in norm_names(model) if name not in {site.name for site in found}]
-    if missing:
-        found += _training_sites(model, args, kwargs, graph, missing, methods)
-    return Survey(tuple(found), graph.method, graph.failures, graph.functional_norms)
+
+    def look(training: bool) -> CallGraph:
+        with training_branches(model) if training else evaluating(model):
+            return capture(model, args, kwargs, methods=methods)
+
+    return survey_graphs(model, look, norm_names(model, wanted), wanted)
 
 
-def _training_sites(
+def survey_graphs(
     model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any] | None,
-    eval_graph: CallGraph,
-    missing: list[str],
-    methods: tuple[str, ...] | None,
-) -> list[Site]:
+    look: Callable[[bool], CallGraph],
+    norms: Sequence[str],
+    wanted: Callable[[nn.Module], bool] = is_norm,
+) -> Survey:
+    """Judge norms by the graphs that `look` gives of eval mode and, where needed, of training mode.
+
+    Raises:
+        CaptureError: there is no graph of eval mode.
+    """
+    graph = look(False)
+    found = [site for site in judge(model, graph, "eval", wanted=wanted) if site.name in norms]
+    called = {site.name for site in found}
+    missing = [name for name in norms if name not in called]
+    training = _training_graph(look) if missing or _reads_the_mode(model) else None
+    if training is not None:
+        there = {site.name: site for site in judge(model, training, "train", wanted=wanted)}
+        found = [_in_both_modes(site, there.get(site.name), training) for site in found]
+        only = judge(model, training, "train", other=graph, wanted=wanted)
+        found += [site for site in only if site.name in missing]
+    found += _never_called(model, [n for n in missing if n not in {site.name for site in found}])
+    functional, calls = graph.functional_norms, batch_norm_calls(graph)
+    return Survey(tuple(found), graph.method, graph.failures, functional, calls)
+
+
+def _training_graph(look: Callable[[bool], CallGraph]) -> CallGraph | None:
     try:
-        with in_training_mode(model):
-            graph = capture(model, args, kwargs, methods=methods)
+        return look(True)
     except CaptureError:
-        graph = CallGraph((), "none")
-    found = [
-        site for site in judge(model, graph, "train", other=eval_graph) if site.name in missing
-    ]
+        return None
+
+
+def _reads_the_mode(model: nn.Module) -> bool:
+    """Whether a forward that is not torch's speaks of `training`: its two modes may call other things."""
+    kinds = {type(module) for module in model.modules() if not is_leaf(module)}
+    return any(_speaks_of_training(kind) for kind in kinds)
+
+
+def _speaks_of_training(kind: type[nn.Module]) -> bool:
+    if kind.__module__.startswith("torch.nn."):
+        return False
+    try:
+        return "training" in inspect.getsource(kind)
+    except (OSError, TypeError):  # made at run time
+        return True
+
+
+def _in_both_modes(site: Site, there: Site | None, training: CallGraph) -> Site:
+    """Take back a fold that training mode does not allow: its branches would see folded values."""
+    layers = site.producers or site.consumers
+    why = ""
+    if layers and there is None:
+        used = [layer for layer in layers if layer in training.calls_of]
+        why = f"training mode calls {used[0]} without it" if used else ""
+    elif there is not None and layers != (there.producers or there.consumers):
+        why = f"in training mode, {there.obstacle or there.refusal or 'other layers are around it'}"
+    elif there is not None and site.spans != there.spans:
+        why = "in training mode its channels go elsewhere"
+    if not why:
+        return site
+    return replace(site, producers=(), consumers=(), spans=(), op="none", obstacle=why)
+
+
+def _never_called(model: nn.Module, missing: list[str]) -> list[Site]:
     names = Names(model)
-    seen = {site.name for site in found}
+    found = []
     for name in missing:
-        if name not in seen:
-            module = model.get_submodule(name)
-            state = norm_state(module)
-            channels = state.channels if isinstance(state, NormState) else 0
-            found.append(
-                Site(name, type(module).__name__, channels, names.aliases(name), phase="none")
-            )
+        module = model.get_submodule(name)
+        state = norm_state(module)
+        channels = state.channels if isinstance(state, NormState) else 0
+        kind = type(module).__name__
+        found.append(Site(name, kind, channels, names.aliases(name), phase="none"))
     return found
 
 
@@ -150,8 +203,9 @@ def norm_names(model: nn.Module, wanted: Callable[[nn.Module], bool] = is_norm) 
     """First names of the outermost norms: what is inside a norm belongs to it."""
     found: list[str] = []
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") if outer else name for outer in found)
-        if wanted(module) and not inside:
+        # What is inside a norm comes right after it.
+        inside = bool(found) and (not found[-1] or name.startswith(f"{found[-1]}."))
+        if not inside and wanted(module):
             found.append(name)
     return found
 

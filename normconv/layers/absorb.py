@@ -67,6 +67,7 @@ def absorb_input_affine_(
     layer: nn.Module,
     affine: Affine,
     *,
+    center: Tensor | None = None,
     weight_norm: bool = False,
     bias_trainable: bool | None = None,
 ) -> None:
@@ -75,9 +76,14 @@ def absorb_input_affine_(
     w ← w · scale (column by column) and b ← b + w · shift, in float64, rounded once. With
     `weight_norm` the layer is weight-normed afterwards, v the scaled weight.
 
+    Where |x| is large against what affine(x) is, the rounding of w · scale, times x, is the error that
+    counts, and it is nearly the same for every x. With a `center` m the bias takes it out:
+    b ← b + w · affine(m) − round(w · scale) · m.
+
     Args:
         layer: Linear or Conv1d-3d (or a subclass) with a plain weight, without zero padding.
         affine: scale and shift, (I,) float64, one an input feature.
+        center: a typical input, (I,); 0 for None.
         weight_norm: leave the layer weight-normed.
         bias_trainable: `requires_grad` of a bias that the layer did not have; None takes the weight's.
 
@@ -98,11 +104,14 @@ def absorb_input_affine_(
     bias = layer._parameters.get("bias")
     trainable = weight.requires_grad if bias_trainable is None else bias_trainable
     with torch.no_grad():
-        value = response_to_shift(weight, affine.shift, groups)
+        weight.grad = None  # it was the gradient of another weight
+        middle = torch.zeros_like(affine.shift) if center is None else center.double()
+        value = response_to_shift(weight, affine.scale * middle + affine.shift, groups)
+        scale_columns_(weight, affine.scale, groups)
+        value = value - response_to_shift(weight, middle, groups)
         if bias is not None:
             value, trainable = value + bias.double(), trainable or bias.requires_grad
         _set_bias(layer, value, like=weight, trainable=trainable)
-        scale_columns_(weight, affine.scale, groups)
         if weight_norm:
             weight_norm_(layer)
 

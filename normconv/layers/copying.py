@@ -52,9 +52,20 @@ def copy_model(model: Model, *, share_tensors: bool = False) -> Model:
             if isinstance(buffer, UninitializedBuffer):
                 memo[id(buffer)] = _twin_of(buffer)
     try:
-        return copy.deepcopy(model, memo)
+        twin = copy.deepcopy(model, memo)
+        _carry_parameter_attributes(model, memo)
+        return twin
     except Exception as reason:  # whatever hangs on the user's model decides what this is
         raise PlanError(_uncopyable(model, reason)) from reason
+
+
+def _carry_parameter_attributes(model: nn.Module, memo: Mapping[int, Any]) -> None:
+    """Copy what hangs on parameters (`p._is_hf_initialized`), which torch's own deepcopy drops."""
+    for parameter in model.parameters():
+        twin = memo.get(id(parameter))
+        if twin is not None and twin is not parameter:
+            for name, value in vars(parameter).items():
+                vars(twin).setdefault(name, copy.copy(value))
 
 
 def _twin_of(buffer: UninitializedBuffer) -> UninitializedBuffer:

@@ -10,7 +10,6 @@ from normconv.numerics.error import relative_l2 as relative_l2
 from normconv.numerics.error import unprovable as unprovable
 from normconv.numerics.memory import give_back_memory as give_back_memory
 from normconv.numerics.modes import evaluating as evaluating
-from normconv.numerics.modes import in_training_mode as in_training_mode
 from normconv.numerics.modes import state_kept as state_kept
 from normconv.numerics.rows import RowLayout as RowLayout
 from normconv.numerics.rows import all_finite as all_finite

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["evaluating", "in_training_mode", "state_kept"]
+__all__ = ["evaluating", "state_kept"]
 
 _SEED = 0
 _CONTAINERS = (list, dict, set, deque)
@@ -34,14 +34,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def in_training_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model in training mode; restore flags, buffers and attributes after."""
-    with state_kept(model):
-        model.train()
-        yield
-
-
-@contextmanager
 def state_kept(model: nn.Module, *, but: Collection[nn.Module] = ()) -> Iterator[None]:
     """Undo what running or tracing a model leaves on it, and keep autocast out.
 
@@ -56,11 +48,7 @@ def state_kept(model: nn.Module, *, but: Collection[nn.Module] = ()) -> Iterator
     left_alone = {id(module) for module in but}
     modules = [module for module in model.modules() if id(module) not in left_alone]
     attributes = [(module, dict(module.__dict__)) for module in modules]
-    stores = [
-        (store, dict(store))
-        for module in modules
-        for store in (module._parameters, module._buffers, module._modules, *_hooks_of(module))
-    ]
+    stores = [(store, dict(store)) for module in modules for store in _stores_of(module)]
     containers = [
         (value, copy.copy(value))
         for _, kept in attributes
@@ -77,6 +65,7 @@ def state_kept(model: nn.Module, *, but: Collection[nn.Module] = ()) -> Iterator
         for device in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(device, enabled=False))
         try:
+            _uncompile(modules)
             yield
         finally:
             for module, kept in attributes:
@@ -89,11 +78,18 @@ def state_kept(model: nn.Module, *, but: Collection[nn.Module] = ()) -> Iterator
             _restore(buffers)
 
 
-def _hooks_of(module: nn.Module) -> Iterator[dict[int, Any]]:
-    """A forward may install hooks when it first runs, and note in an attribute that it has."""
-    for name, value in module.__dict__.items():
-        if name in _OWN and "hooks" in name and isinstance(value, dict):
-            yield value
+def _stores_of(module: nn.Module) -> list[dict[Any, Any]]:
+    """What a module holds; hooks too: a forward may install some and note in an attribute that it has."""
+    own = (value for name, value in module.__dict__.items() if name in _OWN and "hooks" in name)
+    hooks = [value for value in own if isinstance(value, dict)]
+    return [module._parameters, module._buffers, module._modules, *hooks]
+
+
+def _uncompile(modules: Iterable[nn.Module]) -> None:
+    """Let modules compiled in place (`module.compile()`) run as they are: those skip new hooks."""
+    for module in modules:
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            module._compiled_call_impl = None
 
 
 def _refill(container: Any, entries: Any) -> None:

@@ -23,8 +23,8 @@ __all__ = [
     "wide_row_norms",
 ]
 
-# Elements of a block: 4 MiB in float64, at most twice that, and once more where a norm must copy it.
-_BLOCK = 2**19
+# Elements of a block: 1 MiB in float64, at most twice that, and once more where a norm must copy it.
+_BLOCK = 2**17
 
 
 @dataclass(frozen=True)

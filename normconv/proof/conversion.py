@@ -6,26 +6,29 @@ times the larger of the dtype's eps and the original's own error in that dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normconv.graph import is_norm
-from normconv.numerics import evaluating, noise_bound, relative_l2, unprovable
+from normconv.numerics import noise_bound, relative_l2, unprovable
 from normconv.plan import Step
-from normconv.proof.outputs import cast_inputs, flat_outputs, map_floats, run_in
-from normconv.proof.recorder import record_outputs
+from normconv.proof.recording import (
+    OriginalRuns,
+    Recording,
+    Run,
+    in_phase,
+    places_in,
+    record_original,
+    run_model,
+)
 from normconv.report import Check, SiteRow
 
-__all__ = ["Proof", "branches_training", "coarsest_dtype", "prove"]
+__all__ = ["Proof", "prove", "prove_recorded"]
 
-_Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 _SIGHT = 1e-2
-_RANDOM = (nn.modules.dropout._DropoutNd,)
 
 
 @dataclass(frozen=True)
@@ -45,15 +48,6 @@ class Proof:
     notes: tuple[str, ...]
 
 
-@dataclass
-class _Run:
-    """One forward pass: named outputs, and what the sites put out."""
-
-    outputs: dict[str, Tensor]
-    sites: dict[str, list[Tensor]]
-    failure: str = ""
-
-
 def prove(
     original: nn.Module,
     candidate: nn.Module,
@@ -70,22 +64,23 @@ def prove(
         args: positional inputs in the models' dtype.
         kwargs: keyword inputs.
     """
-    inputs = (args, dict(kwargs or {}))
-    dtype = coarsest_dtype(original)
-    eval_steps = [step for step in steps if step.phase == "eval"]
-    train_steps = [step for step in steps if step.phase == "train"]
-    runs = _runs(original, candidate, eval_steps, inputs, dtype, training=False)
-    first = runs.reference if dtype == torch.float64 else runs.own[0]
-    checks = [_repeats(original, inputs, first.outputs)]
-    outputs, rows = _judged(runs, eval_steps, dtype)
-    checks += outputs
-    if train_steps:
-        in_training = _runs(original, candidate, train_steps, inputs, dtype, training=True)
-        rows |= _judged(in_training, train_steps, dtype)[1]
+    return prove_recorded(record_original(original, steps, args, kwargs), candidate)
+
+
+def prove_recorded(recording: Recording, candidate: nn.Module) -> Proof:
+    """Compare a candidate with what was recorded of its original; the candidate is not changed."""
+    steps, dtype = recording.steps, recording.dtype
+    in_eval = in_phase(steps, "eval")
+    outputs, rows = _judged(_runs(recording.in_eval, candidate, in_eval, recording), in_eval, dtype)
+    checks = [recording.repeats, *outputs]
+    if recording.in_training is not None:
+        training = in_phase(steps, "train")
+        runs = _runs(recording.in_training, candidate, training, recording, training=True)
+        rows |= _judged(runs, training, dtype)[1]
     ordered = tuple(rows.get(step.site, step.row()) for step in steps)
     if steps:
         checks += _site_checks(ordered)
-    sight, notes = _sight(runs.reference.outputs)
+    sight, notes = _sight(recording.in_eval.reference.outputs)
     facts = {
         "dtype": str(dtype).removeprefix("torch."),
         "sight": sight,
@@ -94,52 +89,29 @@ def prove(
     return Proof(tuple(checks), ordered, facts, notes)
 
 
-def coarsest_dtype(model: nn.Module) -> torch.dtype:
-    """Return the floating dtype of the model's tensors with the largest eps; float32 without any."""
-    dtypes = {t.dtype for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()}
-    return max(dtypes, key=lambda d: torch.finfo(d).eps, default=torch.float32)
-
-
 @dataclass
-class _Runs:
-    """The original in float64, the original as it is, the candidate as it is.
+class _Runs(OriginalRuns):
+    """What was recorded of the original, and the candidate as it is."""
 
-    `own` may hold several runs of the original: the worst of their errors is its own error. `again`
-    runs it once more, on inputs moved by one ulp.
-    """
-
-    reference: _Run
-    own: list[_Run]
-    candidate: _Run
-    again: Callable[[], _Run]
+    candidate: Run
+    watched: Mapping[str, bool]
 
 
 def _runs(
-    original: nn.Module,
+    original: OriginalRuns,
     candidate: nn.Module,
     steps: Sequence[Step],
-    inputs: _Inputs,
-    dtype: torch.dtype,
+    recording: Recording,
     *,
-    training: bool,
+    training: bool = False,
 ) -> _Runs:
-    names = {step.site: (step.site,) for step in steps}
-    places = _places(candidate, steps)
-
-    def again() -> _Run:
-        return _run(original, _one_ulp_up(inputs), names, training)
-
-    if dtype == torch.float64:
-        reference, own = _run(original, inputs, names, training), again()
-    else:
-        own = _run(original, inputs, names, training)
-        wide = cast_inputs(inputs, torch.float64)
-        reference = run_in(original, torch.float64, lambda m: _run(m, wide, names, training))
+    places = places_in(candidate, steps)
     try:
-        made = _run(candidate, inputs, places, training)
+        made = run_model(candidate, recording.inputs, places, training)
     except Exception as reason:  # the forward is the user's, and may need what the norm had
-        made = _Run({}, {}, f"it raises {type(reason).__name__}: {reason}")
-    return _Runs(reference, [own], made, again)
+        made = Run({}, {}, f"it raises {type(reason).__name__}: {reason}")
+    watched = {site: bool(place) for site, place in places.items()}
+    return _Runs(original.reference, list(original.own), original.again, made, watched)
 
 
 def _judged(
@@ -159,69 +131,9 @@ def _judged(
 
 
 def _missed(row: SiteRow) -> bool:
+    if row.error is None and row.bound is None:
+        return False  # not seen on its own
     return row.error is None or row.bound is None or not row.error <= row.bound
-
-
-def _places(candidate: nn.Module, steps: Sequence[Step]) -> dict[str, tuple[str, ...]]:
-    """Where each site's output is to be seen in the candidate: the slot, or what feeds it.
-
-    A pass over a GraphModule takes empty slots out of the graph; the producers' outputs are then the
-    site's.
-    """
-    if not isinstance(candidate, torch.fx.GraphModule):
-        return {step.site: (step.site,) for step in steps}
-    called = {node.target for node in candidate.graph.nodes if node.op == "call_module"}
-    return {s.site: (s.site,) if s.site in called else s.producers for s in steps}
-
-
-def _run(
-    model: nn.Module,
-    inputs: _Inputs,
-    places: Mapping[str, tuple[str, ...]],
-    training: bool,
-) -> _Run:
-    names = [name for group in places.values() for name in group]
-    mode = branches_training(model) if training else evaluating(model)
-    with mode, record_outputs(model, names) as seen:
-        args, kwargs = inputs
-        outputs = flat_outputs(model(*args, **kwargs))
-        outputs = {name: tensor.clone() for name, tensor in outputs.items()}
-    sites = {
-        site: [output for name in group for output in seen.get(name, [])]
-        for site, group in places.items()
-    }
-    return _Run(outputs, sites)
-
-
-@contextmanager
-def branches_training(model: nn.Module) -> Iterator[None]:
-    """Training mode for the sake of its branches: norms and dropout stay as in eval mode."""
-    with evaluating(model):
-        model.train()
-        for module in model.modules():
-            if is_norm(module) or isinstance(module, _RANDOM):
-                module.eval()
-        yield
-
-
-def _one_ulp_up(inputs: _Inputs) -> _Inputs:
-    return map_floats(lambda tensor: tensor * (1 + torch.finfo(tensor.dtype).eps), inputs)
-
-
-def _repeats(original: nn.Module, inputs: _Inputs, first: Mapping[str, Tensor]) -> Check:
-    """A model that differs from itself under a fixed seed can prove nothing."""
-    second = _run(original, inputs, {}, False).outputs
-    differing = [name for name in first if not _same(first[name], second[name])]
-    return Check(
-        "the original repeats itself",
-        not differing,
-        detail=f"two runs differ in {', '.join(differing)}" if differing else "",
-        way_out="make it deterministic in eval mode (a random or stateful operation is left)",
-    )
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)))
 
 
 def _output_checks(runs: _Runs, dtype: torch.dtype) -> list[Check]:
@@ -254,6 +166,8 @@ def _output_checks(runs: _Runs, dtype: torch.dtype) -> list[Check]:
 
 def _site_row(step: Step, runs: _Runs, dtype: torch.dtype) -> SiteRow:
     """Compare a site at its own output; the worst of its calls counts."""
+    if not runs.watched.get(step.site, True):
+        return step.row()
     every = (runs.reference, runs.candidate, *runs.own)
     calls = [run.sites.get(step.site, []) for run in every]
     if len({len(outputs) for outputs in calls}) != 1 or not any(o.numel() for o in calls[0]):

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normconv.graph import NormState, is_norm, norm_state
+from normconv.graph import NormState, is_norm, norm_state, training_branches
 from normconv.numerics import evaluating, noise_bound, relative_l2
-from normconv.proof.conversion import branches_training, coarsest_dtype
 from normconv.proof.outputs import evaluate
+from normconv.proof.recording import coarsest_dtype
 
 __all__ = ["blind_sites", "randomise_norms_"]
 
@@ -53,7 +53,7 @@ def randomise_norms_(
         with evaluating(model):
             model(*args, **(kwargs or {}))
         if len(done) < len(norms):
-            with branches_training(model):
+            with training_branches(model):
                 model(*args, **(kwargs or {}))
     finally:
         for handle in handles:
@@ -81,9 +81,8 @@ def _randomise_(
     axes = [axis for axis in range(x.dim()) if axis != 1]
     wide = x.detach().to(device="cpu", dtype=torch.float64)
     mean, var = wide.mean(axes), wide.var(axes, correction=0)
-    var = torch.where(
-        var > 1e-10, var, torch.ones_like(var)
-    )  # a dead channel has no scale of its own
+    # A dead channel has no scale of its own. One that hardly varies would only magnify rounding.
+    var = torch.where(var > 1e-10, var, torch.ones_like(var)).maximum((1e-3 * mean) ** 2)
     sign = torch.where(uniform() < 0.15, -1.0, 1.0)
     alive = torch.where(uniform() < 0.02, 0.0, 1.0)
     state.mean.copy_(mean + 0.1 * var.sqrt() * normal())

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 __all__ = ["computing_in"]
 
@@ -41,11 +43,37 @@ def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
                     module.register_forward_pre_hook(swap.widen, prepend=True, with_kwargs=True)
                 )
                 handles.append(module.register_forward_hook(swap.restore, always_call=True))
-        yield
+        with _OneDtypeInAttention(dtype):
+            yield
     finally:
         for handle in handles:
             handle.remove()
         swap.restore_all()
+
+
+class _OneDtypeInAttention(TorchFunctionMode):
+    """Casts what attention takes: given a mask in another dtype than the query's it computes junk.
+
+    Such a mask is a parameter that is read outside of its module's forward, which nothing widens. Other
+    functions promote it, or raise.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            args = tuple(self._cast(value) for value in args)
+            kwargs = {name: self._cast(value) for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+    def _cast(self, value: Any) -> Any:
+        is_float = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(self._dtype) if is_float else value
 
 
 class _Swap:

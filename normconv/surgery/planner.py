@@ -6,16 +6,28 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
 
 from normconv.errors import PlanError, Problem, UsageError
-from normconv.graph import Site, Survey, is_norm, survey, untouched_defaults
+from normconv.graph import (
+    Site,
+    Survey,
+    couples_in_training,
+    is_norm,
+    submodule,
+    survey,
+    survey_within,
+    untouched_defaults,
+)
 from normconv.plan import KEEP, Plan, Recipe, Rule, Step, history_of
 from normconv.surgery.identity import fingerprint
+from normconv.surgery.lazy import lazy_modules, lazy_note, materialised
 from normconv.surgery.wrappers import refuse_wrapped
 from normconv.targets import make_target
 
 __all__ = ["checked_inputs", "make_plan"]
+
+_LISTED = 5  # names in one note
 
 
 def make_plan(
@@ -29,11 +41,13 @@ def make_plan(
     options: Mapping[str, Any] | None = None,
     strict: bool = True,
     drop_unreached: bool = False,
+    at: str = "",
 ) -> Plan:
     """Decide what becomes of every norm of a model; nothing is changed.
 
     Args:
-        model: any module with norms that keep statistics.
+        model: any module with norms that keep statistics. Lazy layers get their shapes from the example
+            inputs, on a copy; the plan then fits the model once it was called.
         to: a target name (``wn``, ``plain``, ``frozen``), rules or a `Recipe`.
         example_inputs: positional inputs, as `torch.export` takes them; shapes count, values do not.
         example_kwargs: keyword inputs.
@@ -42,11 +56,13 @@ def make_plan(
         options: the target's options.
         strict: refuse when a norm would stay that was not excluded; else keep it and list it.
         drop_unreached: empty the slots of norms that neither eval nor train mode calls.
+        at: the name of a submodule: only its norms are spoken of, and only it need be traceable. The
+            inputs are still those of the whole model, which is run once to see what the submodule gets.
 
     Raises:
         PlanError: some norm cannot be converted; names each, with the reason and the way out.
         CaptureError: no dataflow graph could be made of the model.
-        UsageError: unknown target or option, or a rule that matches no site.
+        UsageError: unknown target or option, a rule that matches no site, or no submodule `at`.
 
     >>> import torch
     >>> net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
@@ -59,27 +75,14 @@ def make_plan(
     for rule in recipe.rules:
         if rule.to != KEEP:
             make_target(rule.to, rule.options)  # a wrong name or option is told before any work
-    refuse_wrapped(model)
-    lazy = [
-        Problem(
-            name,
-            f"{type(module).__name__} is lazy and has no parameters yet",
-            "call the model once first",
-        )
-        for name, module in model.named_modules()
-        if any(is_lazy(t) for s in (module._parameters, module._buffers) for t in s.values())
-    ]
-    if lazy:
-        raise PlanError(lazy)
-    if is_norm(model):
-        raise PlanError(
-            Problem(
-                type(model).__name__, "the model is itself a norm", "wrap it: nn.Sequential(model)"
-            )
-        )
-    found = survey(model, args, kwargs)
+    refuse_wrapped(submodule(model, at) if at else model)
+    lazy = len(lazy_modules(model))
+    model = materialised(model, args, kwargs)
+    _refuse_empty_norms(model)
+    args, kwargs = _where_the_model_is(model, args, kwargs)
+    found, found_notes = _surveyed(model, at, args, kwargs)
     if not found.sites and not found.functional_norms:
-        raise PlanError(_nothing_to_do(model))
+        raise PlanError(_nothing_to_do(model, at))
     recipe.check_used([(site.name, site.op) for site in found.sites])
     problems: list[Problem] = _functional_problems(found)
     steps = [_step(site, recipe, drop_unreached, problems) for site in found.sites]
@@ -91,12 +94,57 @@ def make_plan(
         fingerprint=fingerprint(model),
         capture=found.method,
         targets=recipe.targets,
+        at=at,
         notes=(
+            *((lazy_note(lazy),) if lazy else ()),
             *_notes(found),
-            *_assumptions(model, args, kwargs),
+            *found_notes,
             *(f"kept: {problem}" for problem in problems),
+            *_coupling(model, found, steps),
         ),
     )
+
+
+def _refuse_empty_norms(model: nn.Module) -> None:
+    """A norm of nothing cannot be traced, and what then fails does not name it."""
+    problems = []
+    for name, module in model.named_modules():
+        mean = getattr(module, "running_mean", None) if is_norm(module) else None
+        if mean is not None and not mean.numel():
+            what = f"{type(module).__name__} has zero channels"
+            problems.append(Problem(name, what, "take it out of the model"))
+    if problems:
+        raise PlanError(problems)
+
+
+def _where_the_model_is(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Put inputs on the meta device for a model that is there whole: only their shapes count."""
+    parameters = list(model.parameters())
+    if not parameters or not all(parameter.is_meta for parameter in parameters):
+        return args, kwargs
+    moved: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(
+        lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, (args, kwargs)
+    )
+    return moved
+
+
+def _surveyed(
+    model: nn.Module, at: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Survey, tuple[str, ...]]:
+    """Judge the norms of the model, or of its submodule `at`; with what a reader should know."""
+    if at:
+        found, reached = survey_within(model, at, args, kwargs)
+        inner = model.get_submodule(at)
+        return found, reached.notes + _assumptions(inner, reached.args, reached.kwargs)
+    if is_norm(model):
+        raise PlanError(
+            Problem(
+                type(model).__name__, "the model is itself a norm", "wrap it: nn.Sequential(model)"
+            )
+        )
+    return survey(model, args, kwargs), _assumptions(model, args, kwargs)
 
 
 def checked_inputs(
@@ -105,7 +153,7 @@ def checked_inputs(
     """Take one tensor for a tuple of one, and refuse what is no model.
 
     Raises:
-        UsageError: the model is no `nn.Module`.
+        UsageError: the model is no `nn.Module`, or has no `forward`.
     """
     if not isinstance(model, nn.Module):
         ways = {
@@ -114,19 +162,24 @@ def checked_inputs(
         }
         way_out = ways.get(type(model).__name__, "")
         raise UsageError(Problem("model", f"it is a {type(model).__name__}, no nn.Module", way_out))
+    own = (vars(kind) for kind in type(model).__mro__ if kind is not nn.Module)
+    if not any("forward" in names for names in (vars(model), *own)):
+        what = f"{type(model).__name__} has no forward: nothing says what feeds what"
+        raise UsageError(Problem("model", what, "give the module that calls its parts"))
     args = (args,) if isinstance(args, Tensor) else tuple(args or ())
     return args, dict(kwargs or {})
 
 
-def _nothing_to_do(model: nn.Module) -> Problem:
+def _nothing_to_do(model: nn.Module, at: str) -> Problem:
+    where = at or type(model).__name__
     done = [entry["apply"] for entry in history_of(model) if "apply" in entry]
     if done:
         targets = ", ".join(dict.fromkeys(target for plan in done for target in plan["targets"]))
         what = f"it is converted already ({targets}, {len(done[-1]['steps'])} sites)"
         way_out = "convert the original for another target; nc.fold(model) gives plain weights"
-        return Problem(type(model).__name__, what, way_out)
+        return Problem(where, what, way_out)
     return Problem(
-        type(model).__name__,
+        where,
         "it has no BatchNorm nor any other norm with running statistics",
         "`normconv inspect` shows what is in it",
     )
@@ -157,6 +210,8 @@ def _step(site: Site, recipe: Recipe, drop_unreached: bool, problems: list[Probl
                 decision.reason,
                 fidelity=target.fidelity,
                 producers=decision.producers,
+                consumers=decision.consumers,
+                spans=decision.spans,
                 options=dict(rule.options),
             )
         problem = decision
@@ -201,8 +256,30 @@ def _assumptions(
     return (f"the dataflow was judged for {values}; example_kwargs= covers other values",)
 
 
+def _coupling(model: nn.Module, found: Survey, steps: Sequence[Step]) -> list[str]:
+    """Say where samples would go on seeing each other."""
+    notes = []
+    kept = [step.site for step in steps if step.action == "keep"]
+    mixing = [name for name in kept if couples_in_training(model.get_submodule(name))]
+    if mixing:
+        more = f" and {len(mixing) - _LISTED} more" if len(mixing) > _LISTED else ""
+        listed = ", ".join(mixing[:_LISTED]) + more
+        notes.append(f"samples of a batch still see each other in training mode, in {listed}")
+    if found.batch_calls:
+        notes.append(
+            f"samples of a batch see each other in {found.batch_calls} calls of F.batch_norm with "
+            "training=True, in eval mode too"
+        )
+    return notes
+
+
 def _notes(found: Survey) -> list[str]:
     notes = [f"capture by {name} failed: {reason}" for name, reason in found.failures.items()]
+    if found.method == "hooks":
+        notes.append(
+            "the dataflow is that of one forward pass on the example inputs: other inputs may take "
+            "other paths"
+        )
     untrained = sum(site.untrained for site in found.sites)
     if untrained:
         notes.append(

@@ -24,10 +24,16 @@ def _cost(site: Site) -> str:
     return f"{each:,} multiply-adds a sample at inference"
 
 
+_TRAIN_FIRST = (
+    "keep it (exclude), or train statistics first: make it with track_running_stats=True and run a few "
+    "batches in training mode"
+)
+
+
 def refusal(site: Site) -> Problem | None:
     """Return why no exact target can take the norm, if so."""
     if site.refusal.startswith("it keeps no running statistics"):
-        return Problem(site.name, site.refusal, "keep it (exclude), or train statistics first")
+        return Problem(site.name, site.refusal, _TRAIN_FIRST)
     if site.refusal:
         return Problem(site.name, f"{site.norm}: {site.refusal}", "exclude it or use strict=False")
     return None

@@ -121,7 +121,8 @@ def test_inspect(digits: Path) -> None:
     document = invoke_json("inspect", digits, "--input", "2x1x8x8")
     sites = {site["name"]: site for site in document["sites"]}
     assert sites["bn"]["producers"] == ["stem"]
-    assert sites["head_norm"]["obstacle"] == "follows mean"
+    assert sites["head_norm"]["obstacle"] == "follows relu"
+    assert sites["head_norm"]["consumers"] == ["head"]
     assert "10 norms, 9 can be folded" in invoke("inspect", digits, "--input", "2x1x8x8")
 
 
@@ -129,7 +130,7 @@ def test_fold_gives_plain_layers(digits: Path, tmp_path: Path) -> None:
     invoke("convert", digits, "--input", "2x1x8x8")
     out = tmp_path / "folded.pt"
     document = invoke_json("fold", digits.with_name("model.wn.pt"), "--input", "2x1x8x8", "-o", out)
-    assert document["facts"]["folded"] == {"normconv weight norm": 9}
+    assert document["facts"]["folded"] == {"normconv weight norm": 10}
     assert type(nc.load(out).stem) is nn.Conv2d
     again = invoke_json("fold", out, "--input", "2x1x8x8", "-o", tmp_path / "twice.pt")
     assert again["facts"]["folded"] == {}
@@ -185,7 +186,7 @@ def test_a_failed_proof_leaves_only_rejected_files(
     def wrong(root: nn.Module, names: Any, producers: Any, **more: Any) -> None:
         right(root, names, producers, **more)
         with torch.no_grad():
-            root.get_submodule(producers[0]).weight_g[0] *= 1.01
+            root.get_submodule((producers or more["consumers"])[0]).weight_g[0] *= 1.01
 
     monkeypatch.setattr(exact, "absorb_norm_", wrong)
     document = invoke_json("convert", digits, "--input", "2x1x8x8", code=1)

@@ -43,4 +43,4 @@ def test_the_files_are_the_models(folder: Path) -> None:
         assert accuracy(model(data.test_images), data.test_labels) == expected
     with torch.no_grad():
         assert nc.verify(original, str(folder / "model.onnx"), (data.test_images[:7],)).passed
-    assert nc.Plan.read(folder / "model.wn.json").counts() == {"fold": 9, "affine": 1}
+    assert nc.Plan.read(folder / "model.wn.json").counts() == {"fold": 9, "forward": 1}

@@ -1,0 +1,28 @@
+"""Training mode for the sake of its branches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from normconv.graph.families import is_norm
+from normconv.numerics import evaluating
+
+__all__ = ["training_branches"]
+
+
+@contextmanager
+def training_branches(model: nn.Module) -> Iterator[None]:
+    """Put the model in training mode, its norms and dropout apart; everything is restored after.
+
+    What calls what is then as in training, and the norms compute as in eval mode: one value a channel is
+    enough for them, and a momentum of None asks for no count.
+    """
+    with evaluating(model):
+        model.train()
+        for module in model.modules():
+            if is_norm(module) or isinstance(module, nn.modules.dropout._DropoutNd):
+                module.eval()
+        yield
