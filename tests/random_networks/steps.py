@@ -68,6 +68,7 @@ class _Steps(Drawing):
             return self.apply("branch", source, how=(4,))
         return self.apply(self.one_of(("relu", "tanh", "scale")), source)
 
+    @property
     def may_write(self) -> bool:
         """A branch that only training runs must leave alone what the outputs share."""
         return not self.in_aux
@@ -79,7 +80,7 @@ class _Steps(Drawing):
         shape = self.values[first].shape
         kind = self.one_of(("add", "add", "gate", "cat"))
         if kind == "cat":
-            second = self.pick(lambda v: v.shape[2:] == shape[2:] and v.dim() == len(shape))
+            second = self.pick(lambda v: (v.shape[0], v.shape[2:]) == (shape[0], shape[2:]))
         else:
             second = self.pick(lambda v: v.shape == shape)
         assert second is not None
