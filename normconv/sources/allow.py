@@ -265,7 +265,9 @@ def _runs_code(value: type) -> str:
         return "has its own __new__"
     setter = getattr(value, "__setstate__", None)
     home = getattr(setter, "__module__", "torch.nn") or ""
-    if setter is not None and not home.startswith("torch.nn."):
+    # torch.compile wraps the one of nn.Module for the whole process.
+    inherited = setter is getattr(nn.Module, "__setstate__", None)
+    if setter is not None and not inherited and not home.startswith("torch.nn."):
         return f"has its own __setstate__ (in {home})"
     return ""
 

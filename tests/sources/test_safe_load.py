@@ -9,6 +9,7 @@ import struct
 import warnings
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -456,3 +457,17 @@ def test_a_missing_file_names_close_ones(tmp_path: Path) -> None:
     (tmp_path / "model.pt").touch()
     with pytest.raises(UsageError, match=r"did you mean model\.pt"):
         load(tmp_path / "modle.pt")
+
+
+def test_files_load_after_torch_compile_has_wrapped_setstate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = nn.Module.__setstate__
+
+    def wrapped(self: nn.Module, state: Any) -> None:
+        plain(self, state)
+
+    wrapped.__module__ = "torch._dynamo.mutation_guard"
+    monkeypatch.setattr(nn.Module, "__setstate__", wrapped)
+    torch.save(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), tmp_path / "m.pt")
+    assert isinstance(load(tmp_path / "m.pt"), nn.Sequential)
