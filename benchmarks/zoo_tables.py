@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.tables import RESULTS
 from benchmarks.zoo_models import LIBRARIES
 
-__all__ = ["families", "reason_of", "reasons", "summary"]
+__all__ = ["families", "reason_of", "reasons", "summary", "tools"]
 
 Record = dict[str, Any]
 _NOT_MEASURED = ("build failed", "timeout", "memory", "crashed")
@@ -88,6 +88,7 @@ def _targets(document: Record) -> list[str]:
 def summary() -> list[str]:
     """Return a row for each library and target."""
     rows = []
+    listed = json.loads((RESULTS / "zoo-listing.json").read_text())
     for library, document in _documents():
         records = [r for r in document["architectures"].values() if r["status"] != "no norms"]
         ended = Counter(record["status"] for record in records)
@@ -98,7 +99,7 @@ def summary() -> list[str]:
             cells = [
                 library,
                 f"`{target}`",
-                len(records),
+                f"{len(records)} of {len(listed[library]['with'])}",
                 f"**{status['converted']}**",
                 status["refused"],
                 " / ".join(str(ended[name]) for name in _NOT_MEASURED),
@@ -110,7 +111,7 @@ def summary() -> list[str]:
             ]
             rows.append(cells)
     head = (
-        "library | target | architectures | converted | refused | not built / time / memory / crash "
+        "library | target | measured | converted | refused | not built / time / memory / crash "
         "| wrong | of these silent | float64 error | float32 error (of its bound) | folded | forward "
         "| affine | dropped | kept"
     )
@@ -192,6 +193,32 @@ def families() -> list[str]:
     return _table(head, rows)
 
 
+def tools() -> list[str]:
+    """Return a row for each tool that took the sample."""
+    path = RESULTS / "other-tools.json"
+    if not path.exists():
+        return ["not measured yet"]
+    rows = [
+        [
+            tool,
+            total["architectures"],
+            total["stopped"],
+            total["norms"],
+            total["handled"],
+            total["left"],
+            f"{total['models changed']} ({total['handled in models changed']} norms)",
+            total["left and declared valid"],
+            f"{total['worst error']:.1e}",
+        ]
+        for tool, total in json.loads(path.read_text())["totals"].items()
+    ]
+    head = (
+        "tool | architectures | of these it stops on | norms | taken out | left in place "
+        "| models that compute something else | left in place and called valid | largest error"
+    )
+    return _table(head, rows)
+
+
 def main() -> None:
     """Put the tables between their markers."""
     page = RESULTS / "zoo.md"
@@ -201,6 +228,7 @@ def main() -> None:
         "captures": captures,
         "reasons": reasons,
         "families": families,
+        "tools": tools,
     }.items():
         start, end = f"<!-- {name} -->\n", "\n<!-- end -->"
         before, found, rest = text.partition(start)

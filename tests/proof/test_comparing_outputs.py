@@ -192,3 +192,25 @@ def test_a_wrong_shape_and_a_missing_site_fail() -> None:
     gone.stem[1].forward = lambda value: value + 1
     failed = [c.name for c in prove(net, gone, plan.steps, args).checks if not c.passed]
     assert "site stem.1" in failed
+
+
+class _EndsInFloat32(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x)).flatten(1).softmax(1, dtype=torch.float32)
+
+
+def test_an_output_is_judged_in_the_dtype_it_is_rounded_in() -> None:
+    model, x = _EndsInFloat32().double(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    randomise_norms_(model, (x,))
+    plan = make_plan(model, "wn", example_inputs=(x,))
+    result = apply_plan(model, plan).model
+    (check,) = [c for c in prove(model, result, plan.steps, (x,)).checks if c.name == "output"]
+    assert check.passed
+    assert check.bound == 4 * torch.finfo(torch.float32).eps
+    with torch.no_grad():
+        result.conv.weight_g.mul_(1 + 1e-3)
+    assert not all(c.passed for c in prove(model, result, plan.steps, (x,)).checks)
