@@ -16,8 +16,8 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -92,10 +92,9 @@ def run_one(program: Program, captures: int, exports: int) -> Outcome:
 
 def outcomes(networks: list[Program], options: argparse.Namespace) -> Iterator[Outcome]:
     """Check all of them, in order, on several processes."""
-    context = get_context("spawn")
-    with ProcessPoolExecutor(options.workers, context, max_tasks_per_child=_TASKS) as pool:
-        rates = ([options.captures] * len(networks), [options.exports] * len(networks))
-        yield from pool.map(run_one, networks, *rates)
+    check = partial(run_one, captures=options.captures, exports=options.exports)
+    with get_context("spawn").Pool(options.workers, maxtasksperchild=_TASKS) as pool:
+        yield from pool.imap(check, networks)
 
 
 def composition(networks: list[Program]) -> dict[str, Any]:

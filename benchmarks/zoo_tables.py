@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.tables import RESULTS
 from benchmarks.zoo_models import LIBRARIES
 
-__all__ = ["families", "reason_of", "reasons", "summary", "tools"]
+__all__ = ["families", "random_networks", "reason_of", "reasons", "summary", "tools"]
 
 Record = dict[str, Any]
 _NOT_MEASURED = ("build failed", "timeout", "memory", "crashed")
@@ -27,6 +27,7 @@ _REASONS = (
     ("nothing can be proved in float64", "the original itself differs from its float64 run"),
     ("the original repeats itself", "the original differs from itself"),
 )
+_REFUSED = "refused as they must be"
 _KINDS = {"CaptureError": "no capture"}
 
 
@@ -219,6 +220,30 @@ def tools() -> list[str]:
     return _table(head, rows)
 
 
+def random_networks() -> list[str]:
+    """Return what became of the random networks."""
+    path = RESULTS / "random-networks.json"
+    if not path.exists():
+        return ["not measured yet"]
+    run = json.loads(path.read_text())
+    actions = run["sites by action"].get("wn", {})
+    rows = [
+        ["command", f"`python -m benchmarks.random_networks {run['command']}`"],
+        ["networks", run["networks"]],
+        ["**failed**", f"**{run['failed']}**"],
+        ["converted / refused as they must be", f"{run['converted']} / {run[_REFUSED]}"],
+        ["norms, to `wn`", ", ".join(f"{name} {times}" for name, times in actions.items())],
+        ["captures compared on", run["captures compared"]],
+        ["exported and run in ONNX Runtime", sum(run["exports"].values())],
+        [
+            "dtypes",
+            ", ".join(f"{name} {times}" for name, times in run["made of"]["dtypes"].items()),
+        ],
+        ["minutes", round(run["seconds"] / 60)],
+    ]
+    return _table("one recorded run | ", rows)
+
+
 def main() -> None:
     """Put the tables between their markers."""
     page = RESULTS / "zoo.md"
@@ -229,6 +254,7 @@ def main() -> None:
         "reasons": reasons,
         "families": families,
         "tools": tools,
+        "random": random_networks,
     }.items():
         start, end = f"<!-- {name} -->\n", "\n<!-- end -->"
         before, found, rest = text.partition(start)
