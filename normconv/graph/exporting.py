@@ -25,8 +25,8 @@ from normconv.graph.tracing import tensors_in
 __all__ = ["Exported", "export_program"]
 
 _INSIDE = "model"
-# Words of the messages in which torch.export refuses a class among inputs or outputs.
-_ABOUT_CONTAINERS = ("output", "input type", "pytree", "known type")
+# Words of the messages in which torch.export refuses a class among inputs or outputs (the last: 2.11).
+_ABOUT_CONTAINERS = ("output", "input type", "pytree", "known type", "unhashable")
 
 
 class Exported:
