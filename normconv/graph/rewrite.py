@@ -71,7 +71,9 @@ def affine_norm_(root: nn.Module, names: Sequence[str], *, trainable: bool | Non
     """
     norm = root.get_submodule(names[0])
     state = _readable(norm, names[0])
-    layer = ChannelAffine.of(state.affine, trainable=trainable is not False, dtype=state.dtype)
+    layer = ChannelAffine.of(
+        state.affine, trainable=trainable is not False, dtype=state.dtype, center=state.mean
+    )
     if trainable is None:
         for parameter, source in ((layer.scale, state.weight), (layer.shift, state.bias)):
             parameter.requires_grad_(source is not None and source.requires_grad)

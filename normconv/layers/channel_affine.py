@@ -51,14 +51,22 @@ class ChannelAffine(nn.Module):
             self.register_buffer("shift", shift)
 
     @classmethod
-    def of(cls, affine: Affine, *, trainable: bool, dtype: torch.dtype) -> ChannelAffine:
-        """Make one that computes the given map, rounded once to `dtype`."""
+    def of(
+        cls, affine: Affine, *, trainable: bool, dtype: torch.dtype, center: Tensor | None = None
+    ) -> ChannelAffine:
+        """Make one that computes the given map, rounded once to `dtype`.
+
+        The shift takes back what the rounding of the scale does to a `center`, (C,): a typical input.
+        """
         layer = cls(
             affine.scale.numel(), trainable=trainable, dtype=dtype, device=affine.scale.device
         )
         with torch.no_grad():
             layer.scale.copy_(affine.scale)
-            layer.shift.copy_(affine.shift)
+            shift = affine.shift
+            if center is not None:
+                shift = shift + (affine.scale - layer.scale.double()) * center.double()
+            layer.shift.copy_(shift)
         return layer
 
     def forward(self, input: Tensor) -> Tensor:

@@ -124,10 +124,10 @@ def _original(
 ) -> OriginalRuns:
     places = places_in(None, steps)
 
-    forward = [step.site for step in steps if step.action == "forward"]
+    moved = [step.site for step in steps if step.action in ("forward", "affine", "frozen")]
 
     def again() -> Run:
-        with _moved_one_ulp_up(original, forward):
+        with _moved_one_ulp_up(original, moved):
             return run_model(original, _one_ulp_up(inputs), places, training)
 
     if dtype == torch.float64:
@@ -193,8 +193,9 @@ def _one_ulp_up(inputs: _Inputs) -> _Inputs:
 def _moved_one_ulp_up(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Move what the named modules take by one ulp as well.
 
-    A norm that is folded forward leaves its large mean to the sums of the layer after it. How much a
-    rounded input already costs there is what the original's response to such a move says.
+    A norm takes its mean off before it scales; an affine map in its slot, or the sums of the layer it is
+    folded forward into, take off a product that may be far larger than what is left. How much a rounded
+    input already costs there is what the original's response to such a move says.
     """
 
     def up(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
