@@ -195,16 +195,18 @@ def test_a_wrong_shape_and_a_missing_site_fail() -> None:
 
 
 class _EndsInFloat32(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, back: bool) -> None:
         super().__init__()
-        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.conv, self.bn, self.back = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), back
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.conv(x)).flatten(1).softmax(1, dtype=torch.float32)
+        y = self.bn(self.conv(x)).flatten(1).softmax(1, dtype=torch.float32)
+        return y.to(x.dtype) if self.back else y
 
 
-def test_an_output_is_judged_in_the_dtype_it_is_rounded_in() -> None:
-    model, x = _EndsInFloat32().double(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+@pytest.mark.parametrize("back", [False, True])
+def test_an_output_is_judged_in_the_dtype_it_is_rounded_in(back: bool) -> None:
+    model, x = _EndsInFloat32(back).double(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
     randomise_norms_(model, (x,))
     plan = make_plan(model, "wn", example_inputs=(x,))
     result = apply_plan(model, plan).model
