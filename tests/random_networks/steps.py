@@ -280,6 +280,9 @@ def _runs_well(program: Program) -> bool:
 
     A look-alike of a norm in float32 makes float32 of a half input; BatchNorm does not, nor do we.
     """
+    half = program.torch_dtype in (torch.float16, torch.bfloat16)
+    if half and any(layer.kind == "avg3d" for layer in program.layers):
+        return False  # it has no such kernel on the CPU, and only training may call it
     model, inputs = program.model(), (program.args(), program.kwargs())
     norms = [layer.path for layer in program.layers if layer.kind in NORMS]
     runs = []
