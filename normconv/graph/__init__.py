@@ -1,5 +1,6 @@
 """Capture of models into one neutral call graph, the sites in it, and passes over GraphModules."""
 
+from normconv.graph.branches import train_branches_ as train_branches_
 from normconv.graph.branches import training_branches as training_branches
 from normconv.graph.calls import Call as Call
 from normconv.graph.calls import CallGraph as CallGraph

@@ -10,7 +10,7 @@ from torch import nn
 from normconv.graph.families import is_norm
 from normconv.numerics import evaluating
 
-__all__ = ["training_branches"]
+__all__ = ["train_branches_", "training_branches"]
 
 
 @contextmanager
@@ -21,8 +21,13 @@ def training_branches(model: nn.Module) -> Iterator[None]:
     enough for them, and a momentum of None asks for no count.
     """
     with evaluating(model):
-        model.train()
-        for module in model.modules():
-            if is_norm(module) or isinstance(module, nn.modules.dropout._DropoutNd):
-                module.eval()
+        train_branches_(model)
         yield
+
+
+def train_branches_(model: nn.Module) -> None:
+    """Set the flags that `training_branches` runs under."""
+    model.train()
+    for module in model.modules():
+        if is_norm(module) or isinstance(module, nn.modules.dropout._DropoutNd):
+            module.eval()

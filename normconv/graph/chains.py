@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from normconv.graph.calls import Call, CallGraph
 from normconv.layers import layout_of
+from normconv.numerics import Affine, apply_affine
 from normconv.plan import Span
 
 __all__ = ["Chain", "Chains", "describe", "has_hooks"]
@@ -245,15 +246,13 @@ class Chains:
                 return channel_of
             parts = channel_of.split(sizes)
             rng = torch.Generator().manual_seed(_SEED)
-            scale, shift = _normal((channels,), rng), _normal((channels,), rng)
+            affine = Affine(_normal((channels,), rng), _normal((channels,), rng))
             x = {end.index: _normal(end.shape or (), rng) for end in ends}
             moved = {
-                end.index: x[end.index] * _along(scale[part], axis, end.shape)
-                + _along(shift[part], axis, end.shape)
+                end.index: apply_affine(x[end.index], affine.at(part), axis)
                 for end, axis, part in zip(ends, axes, parts, strict=True)
             }
-            before = self._run(x, between)[norm.inputs[0]]
-            expected = before * _along(scale, 1, before.shape) + _along(shift, 1, before.shape)
+            expected = apply_affine(self._run(x, between)[norm.inputs[0]], affine)
             got = self._run(moved, between)[norm.inputs[0]]
         except Exception as reason:  # the calls are the user's: whatever they raise is the answer
             return f"what lies between could not be probed ({type(reason).__name__}: {reason})"
@@ -269,10 +268,10 @@ class Chains:
             numbers = torch.arange(1, channels + 1, dtype=torch.float64)
             labels = self._run({norm.index: _along(numbers, 1, shape)}, between)
             rng = torch.Generator().manual_seed(_SEED)
-            scale, shift = _normal((channels,), rng), _normal((channels,), rng)
+            affine = Affine(_normal((channels,), rng), _normal((channels,), rng))
             x = _normal(shape, rng)
-            y = x * _along(scale, 1, shape) + _along(shift, 1, shape)
-            before, after = self._run({norm.index: x}, between), self._run({norm.index: y}, between)
+            before = self._run({norm.index: x}, between)
+            after = self._run({norm.index: apply_affine(x, affine)}, between)
             maps: list[tuple[int, ...]] = []
             got, expected = [], []
             for end in ends:
@@ -281,9 +280,7 @@ class Chains:
                 if isinstance(channel, str):
                     return f"{end.target}: {channel}"
                 maps.append(tuple(channel.tolist()))
-                like = before[source]
-                wanted = like * _along(scale[channel], axis, like.shape)
-                expected.append((wanted + _along(shift[channel], axis, like.shape)).flatten())
+                expected.append(apply_affine(before[source], affine.at(channel), axis).flatten())
                 got.append(after[source].flatten())
         except Exception as reason:
             return f"what lies between could not be probed ({type(reason).__name__}: {reason})"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from normconv.graph.families import NormState, norm_state, trailing_of
 from normconv.layers import absorb_affine_, absorb_input_affine_
-from normconv.numerics import Affine, relative_l2
+from normconv.numerics import Affine, apply_affine, relative_l2
 
 __all__ = ["absorbs_affine", "absorbs_input_affine", "is_affine_then_children"]
 
@@ -48,8 +48,7 @@ def is_affine_then_children(norm: nn.Module, rank: int) -> str:
         state.var.copy_(torch.rand(state.channels, generator=generator).double() + 0.01)
         x = _normal((2, state.channels, *(3,) * (rank - 2)), generator)
         with torch.no_grad():
-            shape = (1, -1) + (1,) * (rank - 2)
-            expected = x * state.affine.scale.view(shape) + state.affine.shift.view(shape)
+            expected = apply_affine(x, state.affine)
             for child in trailing_of(twin).values():
                 expected = child(expected)
             actual = twin(x.clone())
@@ -84,8 +83,7 @@ def absorbs_affine(layer: nn.Module, input_shape: tuple[int, ...]) -> str:
             before = twin(x.clone())
             channels = before.shape[1]
             affine = Affine(_normal((channels,), generator), _normal((channels,), generator))
-            shape = (1, -1) + (1,) * (before.dim() - 2)
-            expected = before * affine.scale.view(shape) + affine.shift.view(shape)
+            expected = apply_affine(before, affine)
             absorb_affine_(twin, affine)
             error = relative_l2(twin(x.clone()), expected)
     except Exception as reason:
@@ -119,10 +117,8 @@ def absorbs_input_affine(layer: nn.Module, input_shape: tuple[int, ...]) -> str:
         axis = -1 if isinstance(layer, nn.Linear) else 1
         features = x.shape[axis]
         affine = Affine(_normal((features,), generator), _normal((features,), generator))
-        shape = [1] * x.dim()
-        shape[axis] = -1
         with torch.no_grad():
-            expected = twin(x * affine.scale.view(shape) + affine.shift.view(shape))
+            expected = twin(apply_affine(x, affine, axis))
             absorb_input_affine_(twin, affine)
             error = relative_l2(twin(x.clone()), expected)
     except Exception as reason:

@@ -11,7 +11,6 @@ from torch import nn
 from normconv.errors import PlanError, Problem
 from normconv.graph.families import NormState, norm_state, trailing_of
 from normconv.layers import ChannelAffine, absorb_affine_, absorb_input_affine_
-from normconv.numerics import Affine
 from normconv.plan import Span
 
 __all__ = ["absorb_norm_", "affine_norm_", "empty_slot_", "replace_module_"]
@@ -48,8 +47,7 @@ def absorb_norm_(
         layer, affine, center = root.get_submodule(name), state.affine, state.mean
         if spans:
             features = torch.tensor(Span.read(spans[place]).channels, device=center.device)
-            affine = Affine(affine.scale[features], affine.shift[features])
-            center = center[features]
+            affine, center = affine.at(features), center[features]
         trained = state.bias_trainable
         if producers:
             absorb_affine_(layer, affine, weight_norm=weight_norm, bias_trainable=trained)

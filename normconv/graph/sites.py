@@ -74,6 +74,10 @@ class Site:
     phase: Phase = "eval"
     untrained: bool = False
 
+    def unabsorbed(self, obstacle: str) -> Site:
+        """Return the site as one that no layer can absorb."""
+        return replace(self, producers=(), consumers=(), spans=(), op="none", obstacle=obstacle)
+
 
 @dataclass(frozen=True)
 class Survey:
@@ -142,8 +146,9 @@ def survey_graphs(
     if training is not None:
         there = {site.name: site for site in judge(model, training, "train", wanted=wanted)}
         found = [_in_both_modes(site, there.get(site.name), training) for site in found]
-        only = judge(model, training, "train", other=graph, wanted=wanted)
-        found += [site for site in only if site.name in missing]
+        if missing:
+            only = judge(model, training, "train", other=graph, wanted=wanted)
+            found += [site for site in only if site.name in missing]
     found += _never_called(model, [n for n in missing if n not in {site.name for site in found}])
     functional, calls = graph.functional_norms, batch_norm_calls(graph)
     return Survey(tuple(found), graph.method, graph.failures, functional, calls)
@@ -182,9 +187,7 @@ def _in_both_modes(site: Site, there: Site | None, training: CallGraph) -> Site:
         why = f"in training mode, {there.obstacle or there.refusal or 'other layers are around it'}"
     elif there is not None and site.spans != there.spans:
         why = "in training mode its channels go elsewhere"
-    if not why:
-        return site
-    return replace(site, producers=(), consumers=(), spans=(), op="none", obstacle=why)
+    return site.unabsorbed(why) if why else site
 
 
 def _never_called(model: nn.Module, missing: list[str]) -> list[Site]:

@@ -231,7 +231,7 @@ class _Witness:
         layers = site.producers or site.consumers
         if not layers or not (obstacle := self._obstacle(site, layers)):
             return site
-        return replace(site, producers=(), consumers=(), spans=(), op="none", obstacle=obstacle)
+        return site.unabsorbed(obstacle)
 
     def _obstacle(self, site: Site, layers: tuple[str, ...]) -> str:
         for name in (site.name, *layers):

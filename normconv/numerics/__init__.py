@@ -1,6 +1,7 @@
 """Pure tensor maths: the affine map of a norm, rows of a weight, weight norm, error, noise floor."""
 
 from normconv.numerics.affine import Affine as Affine
+from normconv.numerics.affine import apply_affine as apply_affine
 from normconv.numerics.affine import norm_affine as norm_affine
 from normconv.numerics.columns import response_to_shift as response_to_shift
 from normconv.numerics.columns import scale_columns_ as scale_columns_

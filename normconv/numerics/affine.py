@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Affine", "norm_affine"]
+__all__ = ["Affine", "apply_affine", "norm_affine"]
 
 
 class Affine(NamedTuple):
@@ -15,6 +15,22 @@ class Affine(NamedTuple):
 
     scale: Tensor
     shift: Tensor
+
+    def at(self, channels: Tensor) -> Affine:
+        """Return the map of features that are these channels."""
+        return Affine(self.scale[channels], self.shift[channels])
+
+
+def apply_affine(x: Tensor, affine: Affine, axis: int = 1) -> Tensor:
+    """Return scale · x + shift, one scale and one shift for each place along an axis.
+
+    >>> two = torch.tensor([2.0, 3.0])
+    >>> apply_affine(torch.ones(1, 2), Affine(two, two))
+    tensor([[4., 6.]])
+    """
+    shape = [1] * x.dim()
+    shape[axis] = -1
+    return x * affine.scale.view(shape) + affine.shift.view(shape)
 
 
 def norm_affine(

@@ -10,20 +10,21 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from normconv.numerics.rows import RowLayout, row_blocks
+
 __all__ = ["response_to_shift", "scale_columns_"]
 
-_BLOCK = 2**19  # elements in float64 at a time
 
-
-def _rows(weight: Tensor, values: Tensor, groups: int) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows, with what each row's columns are multiplied by, (rows, I/groups, 1, …)."""
+def _products(
+    weight: Tensor, values: Tensor, groups: int
+) -> Iterator[tuple[Tensor, slice, Tensor]]:
+    """Blocks of rows, which rows they are, and their columns times the inputs' values, in float64."""
     out = weight.shape[0]
     table = values.double().view(groups, -1)
     group_of = torch.arange(out, device=values.device) // max(1, out // groups)
-    step = max(1, _BLOCK * out // max(1, weight.numel()))
-    for first in range(0, out, step):
-        rows = slice(first, min(out, first + step))
-        yield rows, table[group_of[rows]].view(-1, weight.shape[1], *(1,) * (weight.dim() - 2))
+    for block, rows in row_blocks(weight, RowLayout()):
+        factors = table[group_of[rows]].view(-1, weight.shape[1], *(1,) * (weight.dim() - 2))
+        yield block, rows, block.double() * factors
 
 
 @torch.no_grad()
@@ -38,8 +39,8 @@ def scale_columns_(weight: Tensor, factor: Tensor, groups: int = 1) -> Tensor:
     >>> scale_columns_(torch.ones(1, 2), torch.tensor([2.0, -1.0]))
     tensor([[ 2., -1.]])
     """
-    for rows, factors in _rows(weight, factor, groups):
-        weight[rows] = (weight[rows].double() * factors).to(weight.dtype)
+    for block, _, product in _products(weight, factor, groups):
+        block.copy_(product)
     return weight
 
 
@@ -56,6 +57,6 @@ def response_to_shift(weight: Tensor, shift: Tensor, groups: int = 1) -> Tensor:
     tensor([1.], dtype=torch.float64)
     """
     out = shift.new_zeros(weight.shape[0], dtype=torch.float64)
-    for rows, shifts in _rows(weight, shift, groups):
-        out[rows] = (weight[rows].double() * shifts).flatten(1).sum(1)
+    for _, rows, product in _products(weight, shift, groups):
+        out[rows] = product.flatten(1).sum(1)
     return out

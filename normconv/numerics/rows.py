@@ -17,6 +17,7 @@ __all__ = [
     "RowLayout",
     "all_finite",
     "fill_rows_",
+    "row_blocks",
     "row_norms",
     "scale_rows",
     "scale_rows_",
@@ -88,7 +89,7 @@ def row_norms(weight: Tensor, layout: RowLayout) -> Tensor:
 
 
 def _norms(rows: Tensor, layout: RowLayout) -> Tensor:
-    """Norms of a weight, or of a block of it, in the form that `_blocks` gives."""
+    """Norms of a weight, or of a block of it, in the form that `row_blocks` gives."""
     if not layout.transposed:
         norms: Tensor = torch.linalg.vector_norm(rows.flatten(1), dim=1)
         return norms
@@ -115,7 +116,7 @@ def scale_rows(weight: Tensor, factor: Tensor, layout: RowLayout) -> Tensor:
     return scaled
 
 
-def _blocks(weight: Tensor, layout: RowLayout) -> Iterator[tuple[Tensor, slice]]:
+def row_blocks(weight: Tensor, layout: RowLayout) -> Iterator[tuple[Tensor, slice]]:
     """Views of whole rows, a bounded number of elements each, and which rows they are.
 
     Rows lead a block as they lead the weight; a block of a transposed weight is one of its split
@@ -164,7 +165,7 @@ def wide_row_norms(weight: Tensor, layout: RowLayout) -> Tensor:
     tensor([5., 0.], dtype=torch.float64)
     """
     norms = weight.new_zeros(layout.channels(weight), dtype=torch.float64)
-    for block, rows in _blocks(weight.detach(), layout):
+    for block, rows in row_blocks(weight.detach(), layout):
         norms[rows] = _norms(block.double(), layout)
     return norms
 
@@ -183,7 +184,7 @@ def scale_rows_(weight: Tensor, factor: Tensor, layout: RowLayout) -> Tensor:
     >>> scale_rows_(torch.ones(2, 1), torch.tensor([2.0, -1.0]).double(), RowLayout()).flatten()
     tensor([ 2., -1.])
     """
-    for block, rows in _blocks(weight, layout):
+    for block, rows in row_blocks(weight, layout):
         wide = block.double()  # a float64 block is itself
         wide.mul_(_beside(factor[rows], block, layout))
         if wide is not block:
@@ -205,7 +206,7 @@ def fill_rows_(weight: Tensor, which: Tensor, value: float, layout: RowLayout) -
     tensor([[0.5000, 0.5000],
             [1.0000, 1.0000]])
     """
-    for block, rows in _blocks(weight, layout):
+    for block, rows in row_blocks(weight, layout):
         block.masked_fill_(_beside(which[rows], block, layout), value)
     return weight
 

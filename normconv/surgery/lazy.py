@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from normconv.errors import PlanError, Problem
-from normconv.graph import is_norm
+from normconv.graph import train_branches_
 from normconv.layers import copy_model
 from normconv.numerics import state_kept
 from normconv.surgery.wrappers import refuse_wrapped
@@ -21,7 +21,6 @@ __all__ = ["lazy_modules", "lazy_note", "lazy_problems", "materialise_", "materi
 Model = TypeVar("Model", bound=nn.Module)
 
 _SEED = 0
-_RANDOM = (nn.modules.dropout._DropoutNd,)
 
 
 def lazy_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -88,11 +87,8 @@ def materialise_(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=devices))
         torch.manual_seed(_SEED)
-        for training in (False, True):
-            model.train(training)
-            for module in model.modules():
-                if is_norm(module) or isinstance(module, _RANDOM):
-                    module.eval()
+        for set_mode in (nn.Module.eval, train_branches_):
+            set_mode(model)
             if lazy_modules(model):
                 _forward(model, args, kwargs)
     if problems := lazy_problems(model):

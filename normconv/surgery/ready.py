@@ -50,7 +50,7 @@ def check_tensors(model: nn.Module, plan: Plan, *, in_place: bool = False) -> No
 
 def _written(model: nn.Module, step: Step) -> Iterator[_Place]:
     """The layers whose tensors the step writes."""
-    for name in (*step.producers, *getattr(step, "consumers", ())):
+    for name in (*step.producers, *step.consumers):
         yield name, model.get_submodule(name)
 
 

@@ -69,10 +69,10 @@ def test_blocks_change_no_bit(
 @pytest.mark.parametrize(("layout", "shape"), SHAPES)
 def test_every_row_is_in_one_block(layout: RowLayout, shape: tuple[int, ...]) -> None:
     weight = torch.zeros(shape)
-    for block, _ in rows_module._blocks(weight, layout):
+    for block, _ in rows_module.row_blocks(weight, layout):
         block += 1
     assert bool((weight == 1).all())
-    spans = [rows for _, rows in rows_module._blocks(weight, layout)]
+    spans = [rows for _, rows in rows_module.row_blocks(weight, layout)]
     found = [row for rows in spans for row in range(rows.start, rows.stop)]
     assert found == list(range(layout.channels(weight) if weight.numel() else 0))
 
@@ -81,7 +81,7 @@ def test_the_scratch_is_bounded() -> None:
     for layout, shape in [p.values for p in SHAPES]:
         weight = torch.zeros(shape)
         longest = max(2, weight.numel() // max(1, layout.channels(weight)))
-        for block, _ in rows_module._blocks(weight, layout):
+        for block, _ in rows_module.row_blocks(weight, layout):
             assert block.numel() < 2 * max(500, 2 * longest)
 
 
