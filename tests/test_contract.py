@@ -241,6 +241,10 @@ def test_class_names_and_flags_are_kept(name: str, target: str) -> None:
     if isinstance(done.original, torch.fx.GraphModule):
         assert isinstance(done.model, torch.fx.GraphModule)
         return
+    if is_norm(done.original):  # the model is the site
+        assert type(done.model) is not type(done.original)
+        assert done.model.training == done.original.training
+        return
     assert type(done.model) is type(done.original)
     before = dict(done.original.named_modules(remove_duplicate=False))
     after = dict(done.model.named_modules(remove_duplicate=False))
@@ -427,6 +431,8 @@ def test_folding_keeps_the_function(name: str, target: str) -> None:
 )
 def test_all_captures_tell_the_same(name: str) -> None:
     case, model = ZOO[name], original_of(name)
+    if is_norm(model):
+        pytest.skip("a trace of a norm looks inside it")
     args, kwargs = case.inputs()
     told = {}
     for method in ("fx", "export", "hooks"):

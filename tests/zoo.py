@@ -1002,7 +1002,8 @@ ZOO: dict[str, Case] = {
     "root_is_norm": Case(
         lambda: nn.BatchNorm2d(3),
         (C2,),
-        refused="itself a norm",
+        affine=1,
+        captures=("hooks",),
     ),
     "containers": Case(Containers, (C2,), fold=3),
     "aliased_sequential": Case(AliasedSequential, (C2,), fold=1),

@@ -55,7 +55,9 @@ def inspect(
         shape = "x".join(map(str, site.shape or ()))
         fed = " + ".join(site.producers) or site.refusal or site.obstacle or "nothing calls it"
         fed += f" -> {' + '.join(site.consumers)}" if site.consumers else ""
-        made.add_row(site.name, site.norm, str(site.channels), shape, site.phase, fed)
+        made.add_row(
+            site.name or "(the model)", site.norm, str(site.channels), shape, site.phase, fed
+        )
     console.print(made)
     foldable = sum(bool(site.producers) for site in found.sites)
     forward = sum(bool(site.consumers) for site in found.sites)

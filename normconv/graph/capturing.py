@@ -11,6 +11,7 @@ from torch import nn
 from normconv.errors import CaptureError, Problem
 from normconv.graph.calls import CallGraph
 from normconv.graph.export_capture import capture_with_export
+from normconv.graph.families import is_leaf
 from normconv.graph.fx_capture import capture_with_fx
 from normconv.graph.hook_capture import capture_with_hooks
 from normconv.graph.names import Names
@@ -51,6 +52,8 @@ def capture(
         CaptureError: the model does not run on the inputs, naming the module that raised; or every
             capture failed, saying how each did.
     """
+    if methods is None and is_leaf(model):
+        methods = ("hooks",)  # a norm or layer taken alone: a trace would look inside it
     names = Names(model)
     failures: dict[str, str] = {}
     for name, method in METHODS:

@@ -18,7 +18,6 @@ from normconv.errors import CaptureError, Problem, UsageError
 from normconv.graph.branches import training_branches
 from normconv.graph.calls import Call, CallGraph
 from normconv.graph.capturing import capture
-from normconv.graph.families import is_leaf
 from normconv.graph.hook_capture import Visit, run_watched
 from normconv.graph.names import Names
 from normconv.graph.running import Innermost, first_line
@@ -173,12 +172,10 @@ def survey_within(
     reached = reach(model, at, args, kwargs)
     inner = model.get_submodule(at)
     outer_name = {name: outer for outer, name in relative_names(model, at).items()}
-    # A norm or layer taken alone: a trace would look inside it.
-    methods = ("hooks",) if is_leaf(inner) else None
 
     def look(training: bool) -> CallGraph:
         with training_branches(inner) if training else evaluating(inner):
-            graph = capture(inner, reached.args, reached.kwargs, methods=methods)
+            graph = capture(inner, reached.args, reached.kwargs)
         return _renamed(graph, outer_name, reached.graph.outside_reads)
 
     norms = [outer_name[name] for name in norm_names(inner)]

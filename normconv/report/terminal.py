@@ -68,7 +68,11 @@ def print_sites(console: Console, sites: Sequence[SiteRow], *, all_sites: bool =
     for index, row in enumerate(shown):
         if left_out and index == _ROWS // 2:
             made.add_row(f"… {left_out} more")
-        cells = [Text(row.site), Text(row.norm), Text(row.action, _STYLE.get(row.fidelity, "dim"))]
+        cells = [
+            Text(row.site or "(the model)"),
+            Text(row.norm),
+            Text(row.action, _STYLE.get(row.fidelity, "dim")),
+        ]
         cells += [Text(row.fidelity)] * mixed
         if measured:
             passed = row.error is None or row.bound is None or row.error <= row.bound

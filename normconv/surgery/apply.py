@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import nn
@@ -114,6 +116,9 @@ def check_plan(model: nn.Module, plan: Plan, *, in_place: bool = False) -> None:
         what = f"the plan works within it, and the {type(model).__name__} has no such module"
         raise PlanError(Problem(plan.at, what, "make a plan for this model"))
     refuse_wrapped(model.get_submodule(plan.at))
+    if in_place and any(not step.site for step in plan.converted):
+        what = "it is itself a norm: nothing holds its slot"
+        raise PlanError(Problem(type(model).__name__, what, "wrap it: nn.Sequential(model)"))
     if lazy := lazy_problems(model):
         raise PlanError(lazy)
     _check_fit(model, plan)
@@ -121,16 +126,21 @@ def check_plan(model: nn.Module, plan: Plan, *, in_place: bool = False) -> None:
 
 
 def _carried_out(model: nn.Module, plan: Plan) -> Result:
-    _carry_out(model, plan)
+    if any(not step.site for step in plan.converted):
+        holder = nn.Sequential(model)  # a model that is itself a norm: something must hold its slot
+        _carry_out(holder, [replace(step, site="0") for step in plan.converted])
+        model = holder[0]
+    else:
+        _carry_out(model, plan.converted)
     settle_(model)
     record(model, {"apply": plan.to_dict()})
     return Result(model, plan.report("apply"))
 
 
-def _carry_out(model: nn.Module, plan: Plan) -> None:
+def _carry_out(model: nn.Module, steps: Iterable[Step]) -> None:
     problems: list[Problem] = []
     # Of two norms around one layer the one before it goes first: weight norm comes last.
-    for step in sorted(plan.converted, key=lambda step: step.action != "forward"):
+    for step in sorted(steps, key=lambda step: step.action != "forward"):
         try:
             if step.action == "drop":
                 empty_slot_(model, (step.site, *step.aliases))

@@ -138,12 +138,6 @@ def _surveyed(
         found, reached = survey_within(model, at, args, kwargs)
         inner = model.get_submodule(at)
         return found, reached.notes + _assumptions(inner, reached.args, reached.kwargs)
-    if is_norm(model):
-        raise PlanError(
-            Problem(
-                type(model).__name__, "the model is itself a norm", "wrap it: nn.Sequential(model)"
-            )
-        )
     return survey(model, args, kwargs), _assumptions(model, args, kwargs)
 
 

@@ -82,7 +82,10 @@ def check(program: Program, *, site: int = 0, captures: bool = True, export: str
             outcome.refusals[target.name] = [problem.what for problem in refusal.problems]
         if any(op.kind == "branch" for op in program.ops):
             return outcome  # fx cannot make a graph of it
-        subject = Subject.of(program, to_graph(model, program.args(), program.kwargs()))
+        graph = to_graph(model, program.args(), program.kwargs())
+        if not any(is_norm(module) for module in graph.modules()):
+            return outcome  # no output needs one, so that the graph has none
+        subject = Subject.of(program, graph)
     if captures:
         outcome.captures = check_captures(subject)
     if refused_norms(program):

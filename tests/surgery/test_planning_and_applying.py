@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import normconv as nc
 from normconv.errors import PlanError, Refused, UsageError
 from normconv.layers import ChannelAffine, WeightNormed
 from normconv.plan import Plan, Recipe, Rule, history_of
@@ -226,3 +227,22 @@ def test_notes_speak_of_untrained_norms_and_failed_captures() -> None:
     assert plan.capture == "export"
     plan = make_plan(ZOO["auxiliary_head"].build(), example_inputs=ZOO["auxiliary_head"].args)
     assert any("only training mode calls aux.1" in note for note in plan.notes)
+
+
+def test_a_model_that_is_itself_a_norm_becomes_its_map() -> None:
+    norm = nn.BatchNorm2d(3).eval()
+    norm.running_mean.normal_()
+    norm.tag = "kept"
+    images = torch.randn(2, 3, 4, 4)
+    result, report = nc.convert(norm, "wn", example_inputs=(images,))
+    assert report.passed
+    assert isinstance(result, ChannelAffine)
+    assert result.tag == "kept"
+    assert history_of(result)
+    fresh = nc.apply_plan(nn.BatchNorm2d(3), Plan.from_dict(report.plan)).model
+    fresh.load_state_dict(result.state_dict(), strict=True)
+    with pytest.raises(PlanError, match="wrap it"):
+        nc.convert_(norm, "wn", example_inputs=(images,))
+    assert isinstance(norm, nn.BatchNorm2d)
+    wrapped = nn.Sequential(norm)
+    assert nc.convert_(wrapped, "wn", example_inputs=(images,)).report.passed
