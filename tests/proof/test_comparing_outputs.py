@@ -216,3 +216,27 @@ def test_an_output_is_judged_in_the_dtype_it_is_rounded_in(back: bool) -> None:
     with torch.no_grad():
         result.conv.weight_g.mul_(1 + 1e-3)
     assert not all(c.passed for c in prove(model, result, plan.steps, (x,)).checks)
+
+
+class LosesDigits(nn.Module):
+    """In float32 a large number swallows what the norm gets; the output does not show it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x) + 1e7 - 1e7) * 1e-6 + x.mean()
+
+
+def test_a_site_that_float32_cannot_judge_is_told_as_that() -> None:
+    model, images = LosesDigits().eval(), x(4, 3, 5, 5)
+    plan = make_plan(model, "wn", example_inputs=(images,))
+    result = apply_plan(model, plan).model
+    proof = prove(model, result, plan.steps, (images,))
+    failed = [check for check in proof.checks if not check.passed]
+    assert [check.name for check in failed] == ["site bn"]
+    assert "the original itself is too far" in failed[0].detail
+    assert "float64" in failed[0].way_out
+    wide = apply_plan(model.double(), plan).model
+    assert all(c.passed for c in prove(model, wide, plan.steps, (images.double(),)).checks)
