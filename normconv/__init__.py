@@ -18,6 +18,8 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "apply_plan": "normconv.surgery",
     "apply_plan_": "normconv.surgery",
+    "audit": "normconv.auditing",
+    "calibrate": "normconv.calibration",
     "convert": "normconv.api",
     "convert_": "normconv.api",
     "export_onnx": "normconv.deploy",
@@ -62,6 +64,8 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from normconv.api import convert as convert
     from normconv.api import convert_ as convert_
+    from normconv.auditing import audit as audit
+    from normconv.calibration import calibrate as calibrate
     from normconv.deploy import export_onnx as export_onnx
     from normconv.deploy import verify as verify
     from normconv.errors import CaptureError as CaptureError

@@ -9,12 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from normconv.calibration import calibrate
+from normconv.calibration.batches import Source
 from normconv.errors import CaptureError, CheckFailed, Problem, UsageError
 from normconv.graph import trace
 from normconv.graph.passes import FunctionalNormsToModules
 from normconv.numerics import evaluating, give_back_memory
 from normconv.plan import Plan, Recipe, Rule
-from normconv.proof import Proof, prove_recorded_within, record_original_within
+from normconv.proof import Proof, prove_converted, record_original_within
 from normconv.proof import prove as prove_models
 from normconv.report import Report
 from normconv.sources import example_inputs as inputs_for
@@ -47,6 +49,9 @@ def convert(
     drop_unreached: bool = False,
     at: str = "",
     output: Literal["module", "graph"] = "module",
+    data: Source | None = None,
+    held_out: Source | None = None,
+    min_agreement: float | None = None,
 ) -> Result:
     """Return a copy of the model with its norms rewritten, proved to compute the same.
 
@@ -69,11 +74,15 @@ def convert(
             inputs are still those of the whole model. The proof is made on what the submodule gets
             there, and on the whole model's outputs where that repeats itself.
         output: ``graph`` returns an `fx.GraphModule` rewritten by FX passes.
+        data: unlabelled batches; norms of a ``gn`` target are calibrated on them, see `calibrate`.
+        held_out: other batches, to measure how near the result is to the original.
+        min_agreement: the least share of samples with the original's top-1, where there is data.
 
     Raises:
         PlanError: some norm cannot be converted; names each, with the reason and the way out.
         CaptureError: no dataflow graph could be made of the model.
-        CheckFailed: the proof failed; carries the report and the rejected model.
+        CheckFailed: the proof failed, or the agreement is too low; carries the report and the rejected
+            model.
         UsageError: unknown target or option, a rule that matches nothing.
 
     >>> import normconv as nc
@@ -116,7 +125,43 @@ def convert(
     give_back_memory(cycles=True)  # other traces, which hold the original
     result = prove_conversion(model, result, plan, args, kwargs, origin=origin, traced=traced)
     give_back_memory()
-    return result
+    if data is None:
+        return result
+    return _calibrated(result, plan, data, traced or model, held_out, min_agreement)
+
+
+def _calibrated(
+    result: Result,
+    plan: Plan,
+    data: Source,
+    original: nn.Module,
+    held_out: Source | None,
+    min_agreement: float | None,
+) -> Result:
+    """Calibrate what was proved, and report both."""
+    try:
+        model, after = calibrate(
+            result.model,
+            plan,
+            data,
+            reference=original,
+            held_out=held_out,
+            min_agreement=min_agreement,
+        )
+    except CheckFailed as error:
+        error.report = _both(result.report, error.report)
+        raise
+    return Result(model, _both(result.report, after))
+
+
+def _both(proved: Report, calibrated: Report) -> Report:
+    """The report of a conversion with what calibration adds."""
+    rows = zip(proved.sites, calibrated.sites, strict=True)
+    sites = tuple(replace(new, error=old.error, bound=old.bound) for old, new in rows)
+    more = proved.extended(
+        sites=sites, checks=calibrated.checks, facts=calibrated.facts, notes=calibrated.notes
+    )
+    return replace(more, plan=calibrated.plan)
 
 
 def prove_conversion(
@@ -138,7 +183,7 @@ def prove_conversion(
     if _is_meta(original):
         return _unproved(result, facts, _META)
     recording = record_original_within(traced or original, plan.at, plan.steps, args, kwargs)
-    proof = prove_recorded_within(recording, result.model)
+    proof = prove_converted(recording, result.model)
     checks = proof.checks
     if traced is not None:  # and the whole against the model itself, not only against its trace
         checks += prove_models(original, result.model, (), args, kwargs).checks
@@ -227,7 +272,7 @@ def convert_(
     facts = {"example inputs": origin, "result class": type(model).__name__}
     if recording is None:
         return _unproved(result, facts, _META if prove else "nothing was proved: prove=False")
-    return _proved(result, prove_recorded_within(recording, model), facts)
+    return _proved(result, prove_converted(recording, model), facts)
 
 
 def _check_at(to: object, at: str) -> None:

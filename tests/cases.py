@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Case", "x"]
+from normconv.targets import TARGETS
+
+__all__ = ["EXACT", "Case", "x"]
+
+# The targets that keep the function, in training mode as well but for what a batch tells.
+EXACT = tuple(kind for kind in TARGETS if kind.fidelity == "exact" and not kind.couples)
 
 
 def x(*shape: int, seed: int = 0) -> Tensor:

@@ -28,10 +28,10 @@ from normconv.proof import (
     randomise_norms_,
 )
 from normconv.surgery import Result, apply_plan, make_plan
-from normconv.targets import TARGETS
+from tests.cases import EXACT
 from tests.zoo import ZOO, Case
 
-NAMES = tuple(target.name for target in TARGETS)
+NAMES = tuple(target.name for target in EXACT)
 
 
 class Done(NamedTuple):

@@ -16,7 +16,7 @@ from normconv.graph import is_norm
 from normconv.numerics import Affine
 from normconv.plan import Plan
 from normconv.surgery import Result
-from normconv.targets import TARGETS
+from tests.cases import EXACT
 from tests.random_networks import Layer, Op, Program, RandomNet, check, check_drawn, programs
 from tests.random_networks.expected import must_fold
 from tests.random_networks.subject import Subject
@@ -79,7 +79,7 @@ def in_dtype(dtype: str) -> Program:
 @pytest.mark.parametrize("program", [*map(in_dtype, DTYPES), GATED], ids=[*DTYPES, "gated"])
 def test_the_sound_package_passes(program: Program) -> None:
     done = check(program, export="wn" if program.dtype == "float32" else "")
-    assert done.actions.keys() == {target.name for target in TARGETS}
+    assert done.actions.keys() == {target.name for target in EXACT}
     assert done.export == ("proved" if program.dtype == "float32" else "")
     assert done.blind == ""
     assert "export" in done.captures
@@ -262,7 +262,7 @@ def test_a_refusal_without_cause_is_seen(monkeypatch: pytest.MonkeyPatch) -> Non
         ),
     )
     done = check(stateless, captures=False)
-    assert done.refusals.keys() == {target.name for target in TARGETS}
+    assert done.refusals.keys() == {target.name for target in EXACT}
     from tests.random_networks import checks
 
     monkeypatch.setattr(checks, "refused_norms", lambda program: {"table.0"})

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from normconv import __version__
-from normconv.cli import convert, demo, deploy, fold, inspect
+from normconv.cli import audit, calibrate, convert, demo, deploy, fold, inspect
 
 __all__ = ["app", "main"]
 
@@ -41,9 +41,11 @@ app.command("demo")(demo.demo)
 app.command("inspect")(inspect.inspect)
 app.command("plan")(convert.plan)
 app.command("convert")(convert.convert)
+app.command("calibrate")(calibrate.calibrate)
 app.command("fold")(fold.fold)
 app.command("export")(deploy.export)
 app.command("verify")(deploy.verify)
+app.command("audit")(audit.audit)
 
 
 def main() -> None:

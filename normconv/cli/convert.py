@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from normconv.cli.calibrate import DataOptions
 from normconv.cli.common import (
     MODEL,
     At,
@@ -51,7 +52,7 @@ class RecipeOptions:
 
     to: Annotated[
         str | None,
-        typer.Option("--to", help="The target: wn, plain or frozen.", show_default="wn"),
+        typer.Option("--to", help="The target: wn, plain, frozen or gn.", show_default="wn"),
     ] = None
     include: Annotated[
         list[str] | None,
@@ -115,11 +116,18 @@ def plan(
 def convert(
     source: SourceOptions,
     recipe: RecipeOptions,
+    data_options: DataOptions,
     out: Out = None,
     onnx: Annotated[
         Path | None, typer.Option("--onnx", help="Also fold and export to this ONNX file.")
     ] = None,
     plan_file: PlanFile = None,
+    calib: Annotated[
+        str | None,
+        typer.Option(
+            "--calib", metavar="DATA", help="Unlabelled inputs to calibrate a gn target on."
+        ),
+    ] = None,
     output: Annotated[
         str, typer.Option("--output", help="module keeps the class; graph gives an fx.GraphModule.")
     ] = "module",
@@ -163,6 +171,9 @@ def convert(
             example_inputs=opened.inputs.args,
             example_kwargs=opened.inputs.kwargs,
             output="graph" if output == "graph" else "module",
+            data=data_options.open(calib, opened.model),
+            held_out=data_options.open(data_options.held_out, opened.model),
+            min_agreement=data_options.min_agreement,
             **recipe.keywords,
         )
     report = opened.describe(report)

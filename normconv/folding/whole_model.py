@@ -18,13 +18,25 @@ from normconv.folding.torch_weight_norm import (
 )
 from normconv.graph import survey
 from normconv.graph.passes import settle_
-from normconv.graph.rewrite import absorb_norm_
-from normconv.layers import ChannelAffine, Reparametrised, copy_model, fold_layer_
+from normconv.graph.rewrite import absorb_norm_, normalizer_name
+from normconv.layers import (
+    ChannelAffine,
+    MeanOnlyBatchNorm,
+    Reparametrised,
+    copy_model,
+    fold_layer_,
+)
 from normconv.plan import Plan, history_of, record
 from normconv.report import Report, SiteRow
 from normconv.surgery import Result, apply_plan
 
 __all__ = ["fold", "rebuild"]
+
+# Affine maps in eval mode that no conversion counts as norms, and how a report counts them.
+_AFFINES: dict[type[nn.Module], str] = {
+    ChannelAffine: "channel affine",
+    MeanOnlyBatchNorm: "mean-only batch norm",
+}
 
 
 def fold(
@@ -34,16 +46,17 @@ def fold(
     example_kwargs: Mapping[str, Any] | None = None,
     share_tensors: bool = False,
 ) -> Result:
-    """Return a copy of the model with plain weights in place of every weight norm.
+    """Return a copy of the model with plain weights in place of every computed one.
 
-    Folds normconv's own layers and both of torch's weight norms (`torch.nn.utils.weight_norm` and
-    `torch.nn.utils.parametrizations.weight_norm`). Each weight is the float64 value of g · v / ‖v‖
-    rounded once; a row with ‖v‖ = 0, where torch computes NaN, becomes 0 and is listed. Folding a
-    plain model changes nothing.
+    Folds normconv's own layers, weight-normed and weight-standardized, and both of torch's weight norms
+    (`torch.nn.utils.weight_norm` and `torch.nn.utils.parametrizations.weight_norm`). Each weight is the
+    float64 value of its formula rounded once; a row with ‖v‖ = 0, where torch's weight norm computes
+    NaN, becomes 0 and is listed. Folding a plain model changes nothing.
 
     Args:
         model: not changed.
-        example_inputs: with inputs, a `ChannelAffine` is folded into its neighbour too where exact.
+        example_inputs: with inputs, a `ChannelAffine` or `MeanOnlyBatchNorm` is folded into its neighbour
+            too where exact; the latter no longer takes the batch's mean in training then.
         example_kwargs: keyword inputs.
         share_tensors: what needs no folding is shared with the model instead of copied: less memory
             for a result that is only read.
@@ -61,14 +74,14 @@ def fold(
     twin = copy_model(model, share_tensors=share_tensors and example_inputs is None)
     rows = list(_fold_weights_(twin))
     absorbed: list[dict[str, Any]] = []
+    kinds: list[str] = []
     if example_inputs is not None:
-        absorbed = _fold_affines_(twin, example_inputs, example_kwargs or {})
+        absorbed, kinds = _fold_affines_(twin, example_inputs, example_kwargs or {})
     settle_(twin)
     if history_of(model) and (rows or absorbed):
         record(twin, {"fold": {"absorbed": absorbed}})
     counts = Counter(row.action for row in rows)
-    if absorbed:
-        counts["channel affine"] = len(absorbed)
+    counts.update(kinds)
     left = _left_over(twin)
     report = Report(
         verb="fold",
@@ -88,7 +101,8 @@ def _fold_weights_(model: nn.Module) -> Iterator[SiteRow]:
     done: dict[tuple[int, ...], nn.Parameter] = {}
     for name, module in list(model.named_modules()):
         if isinstance(module, Reparametrised) and isinstance(module, nn.Module):
-            yield _row(name, module, "normconv weight norm", fold_layer_(module, done))
+            kind = f"normconv {module.what}"
+            yield _row(name, module, kind, fold_layer_(module, done))
         for tensor in hooked_names(module):
             yield _row(name, module, "torch weight_norm (hook)", fold_hooked_(module, tensor))
         for tensor in parametrized_names(module):
@@ -107,8 +121,9 @@ def _row(name: str, module: nn.Module, kind: str, repaired: Tensor) -> SiteRow:
 
 def _fold_affines_(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    sites = survey(model, args, kwargs, wanted=lambda m: isinstance(m, ChannelAffine)).sites
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Fold what can be; return the entries that say how, and the kind of each."""
+    sites = survey(model, args, kwargs, wanted=lambda m: isinstance(m, tuple(_AFFINES))).sites
     entries: list[dict[str, Any]] = [
         {
             "names": [site.name, *site.aliases],
@@ -119,9 +134,11 @@ def _fold_affines_(
         for site in sorted(sites, key=lambda site: not site.consumers)
         if site.producers or site.consumers
     ]
+    layers = [model.get_submodule(entry["names"][0]) for entry in entries]
+    kinds = [_AFFINES[kind] for layer in layers for kind in _AFFINES if isinstance(layer, kind)]
     for entry in entries:
         _absorb_(model, entry)
-    return entries
+    return entries, kinds
 
 
 def _absorb_(model: nn.Module, entry: Mapping[str, Any]) -> None:
@@ -157,6 +174,11 @@ def rebuild(model: nn.Module, history: list[dict[str, Any]]) -> nn.Module:
     for entry in history:
         if "apply" in entry:
             model = apply_plan(model, Plan.from_dict(entry["apply"])).model
+        elif "calibrate" in entry:
+            for site, groups in entry["calibrate"]["groups"].items():
+                norm: Any = model.get_submodule(normalizer_name(model, site))
+                norm.num_groups = groups
+            record(model, entry)
         else:
             model = copy_model(model)
             for _ in _fold_weights_(model):

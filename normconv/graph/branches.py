@@ -8,9 +8,12 @@ from contextlib import contextmanager
 from torch import nn
 
 from normconv.graph.families import is_norm
+from normconv.layers import MeanOnlyBatchNorm
 from normconv.numerics import evaluating
 
 __all__ = ["train_branches_", "training_branches"]
+
+_NOT_TRAINING = (MeanOnlyBatchNorm, nn.modules.dropout._DropoutNd)
 
 
 @contextmanager
@@ -29,5 +32,5 @@ def train_branches_(model: nn.Module) -> None:
     """Set the flags that `training_branches` runs under."""
     model.train()
     for module in model.modules():
-        if is_norm(module) or isinstance(module, nn.modules.dropout._DropoutNd):
+        if is_norm(module) or isinstance(module, _NOT_TRAINING):
             module.eval()

@@ -7,6 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normconv.graph.calls import CallGraph
+from normconv.layers import MeanOnlyBatchNorm
 
 __all__ = ["batch_norm_calls", "couples_in_training"]
 
@@ -14,12 +15,14 @@ __all__ = ["batch_norm_calls", "couples_in_training"]
 def couples_in_training(norm: nn.Module) -> bool:
     """Say whether the norm, left as it is, lets samples see each other in training mode.
 
-    BatchNorm does; InstanceNorm normalizes each sample by itself, and a frozen norm by constants.
+    BatchNorm does, mean-only or not; InstanceNorm normalizes each sample by itself, and a frozen norm
+    by constants.
 
     >>> couples_in_training(nn.BatchNorm2d(1)), couples_in_training(nn.InstanceNorm2d(1))
     (True, False)
     """
-    return isinstance(norm, _BatchNorm) and not isinstance(norm, _InstanceNorm)
+    mixes = isinstance(norm, (_BatchNorm, MeanOnlyBatchNorm))
+    return mixes and not isinstance(norm, _InstanceNorm)
 
 
 def batch_norm_calls(graph: CallGraph) -> int:

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
-from normconv.layers import ChannelAffine, layout_of
+from normconv.layers import ChannelAffine, MeanOnlyBatchNorm, layout_of
 from normconv.numerics import Affine, all_finite, norm_affine
 
 __all__ = ["NormState", "has_known_forward", "is_leaf", "is_norm", "norm_state", "trailing_of"]
@@ -24,6 +24,7 @@ _KNOWN_FORWARDS: tuple[Callable[..., Tensor], ...] = (
     nn.SyncBatchNorm.forward,
     _InstanceNorm.forward,
     ChannelAffine.forward,
+    MeanOnlyBatchNorm.forward,
 )
 
 
@@ -56,7 +57,8 @@ def _is_quantised(module: nn.Module) -> bool:
 
 def is_leaf(module: nn.Module) -> bool:
     """Say whether a capture must keep calls of the module whole."""
-    return is_norm(module) or isinstance(module, ChannelAffine) or layout_of(module) is not None
+    ours = isinstance(module, (ChannelAffine, MeanOnlyBatchNorm))
+    return ours or is_norm(module) or layout_of(module) is not None
 
 
 def has_known_forward(norm: nn.Module) -> bool:
@@ -98,6 +100,11 @@ class NormState:
         return norm_affine(self.mean, self.var, self.weight, self.bias, self.eps)
 
     @property
+    def standardizing(self) -> Affine:
+        """What the norm does before γ and β, in float64: (x − μ) / √(σ² + eps)."""
+        return norm_affine(self.mean, self.var, None, None, self.eps)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The wider of the statistics' and the parameters' dtype."""
         own = self.mean.dtype
@@ -124,7 +131,8 @@ class NormState:
 def norm_state(norm: nn.Module) -> NormState | str:
     """Read a norm's tensors, or say in one sentence why they cannot be read.
 
-    A `ChannelAffine` reads as a norm with μ = 0, σ² = 1, eps = 0.
+    A `ChannelAffine` reads as a norm with μ = 0, σ² = 1, eps = 0, a `MeanOnlyBatchNorm` as one with
+    σ² = 1, eps = 0.
 
     >>> norm_state(nn.BatchNorm1d(2, track_running_stats=False))
     'it keeps no running statistics, so eval mode normalizes with the batch'
@@ -132,6 +140,10 @@ def norm_state(norm: nn.Module) -> NormState | str:
     if isinstance(norm, ChannelAffine):
         zero, one = torch.zeros_like(norm.scale), torch.ones_like(norm.scale)
         return NormState(zero, one, norm.scale, norm.shift, 0.0)
+    if isinstance(norm, MeanOnlyBatchNorm):
+        mean = norm.running_mean
+        only = NormState(mean, torch.ones_like(mean), None, norm.bias, 0.0)
+        return _unusable_values(only) or only
     any_norm: Any = norm
     if isinstance(norm, _LazyNormBase) and norm.has_uninitialized_params():
         return "it is lazy and has no parameters yet"

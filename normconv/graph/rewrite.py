@@ -1,19 +1,27 @@
-"""The one edit that every exact target makes: a norm out of its slot, its map somewhere else."""
+"""The edits of a norm's slot: its map somewhere else, another norm in its place."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from normconv.errors import PlanError, Problem
 from normconv.graph.families import NormState, norm_state, trailing_of
 from normconv.layers import ChannelAffine, absorb_affine_, absorb_input_affine_
+from normconv.numerics import Affine
 from normconv.plan import Span
 
-__all__ = ["absorb_norm_", "affine_norm_", "empty_slot_", "replace_module_"]
+__all__ = [
+    "absorb_norm_",
+    "affine_norm_",
+    "empty_slot_",
+    "normalizer_name",
+    "replace_module_",
+    "replace_norm_",
+]
 
 
 def absorb_norm_(
@@ -43,19 +51,74 @@ def absorb_norm_(
     """
     norm = root.get_submodule(names[0])
     state = _readable(norm, names[0])
-    for place, name in enumerate(producers or consumers):
-        layer, affine, center = root.get_submodule(name), state.affine, state.mean
-        if spans:
-            features = torch.tensor(Span.read(spans[place]).channels, device=center.device)
-            affine, center = affine.at(features), center[features]
-        trained = state.bias_trainable
+    trained = state.bias_trainable
+    for layer, features in _features(root, producers or consumers, spans, state):
+        affine, center = state.affine.at(features), state.mean[features]
         if producers:
             absorb_affine_(layer, affine, weight_norm=weight_norm, bias_trainable=trained)
         else:
             absorb_input_affine_(
                 layer, affine, center=center, weight_norm=weight_norm, bias_trainable=trained
             )
-    replace_module_(root, names, _slot(norm, None))
+    replace_module_(root, names, _slot(norm, {}))
+
+
+def replace_norm_(
+    root: nn.Module,
+    names: Sequence[str],
+    norm: nn.Module,
+    before: Affine | None,
+    producers: Sequence[str] = (),
+    *,
+    spans: Sequence[str] = (),
+    weight_norm: bool = False,
+) -> None:
+    """Put another norm into the slot of one, and in front of it the map that it takes for granted.
+
+    In place. The layers before it absorb the map; without such layers a `ChannelAffine` of the name
+    ``affine`` stands before the new norm, whose name is then ``norm``.
+
+    Args:
+        root: the model.
+        names: all names of the norm that was there.
+        norm: what takes its place.
+        before: the map, float64; None for none.
+        producers: layers before it; every call of the norm is fed by some of them.
+        spans: for each of them which channel each of its features is; empty for one to one.
+        weight_norm: leave those layers weight-normed.
+
+    Raises:
+        PlanError: the norm that was there has no eval statistics.
+    """
+    was = root.get_submodule(names[0])
+    parts = {"norm": norm}
+    if before is None:
+        replace_module_(root, names, _slot(was, parts))
+        return
+    state = _readable(was, names[0])
+    if producers:
+        for layer, features in _features(root, producers, spans, state):
+            absorb_affine_(layer, before.at(features), weight_norm=weight_norm)
+    else:
+        trainable = state.weight is None or state.weight.requires_grad
+        affine = ChannelAffine.of(before, trainable=trainable, dtype=state.dtype, center=state.mean)
+        parts = {"affine": affine, "norm": norm}
+    replace_module_(root, names, _slot(was, parts))
+
+
+def normalizer_name(root: nn.Module, site: str) -> str:
+    """Return the name of the norm that `replace_norm_` put into a slot."""
+    slot = root.get_submodule(site)
+    return f"{site}.norm".lstrip(".") if isinstance(slot, nn.Sequential) else site
+
+
+def _features(
+    root: nn.Module, layers: Sequence[str], spans: Sequence[str], state: NormState
+) -> Iterator[tuple[nn.Module, Tensor]]:
+    """The layers, each with the channels that its features are."""
+    for place, name in enumerate(layers):
+        channels = Span.read(spans[place]).channels if spans else range(state.channels)
+        yield root.get_submodule(name), torch.tensor(channels, device=state.mean.device)
 
 
 def affine_norm_(root: nn.Module, names: Sequence[str], *, trainable: bool | None = None) -> None:
@@ -75,7 +138,7 @@ def affine_norm_(root: nn.Module, names: Sequence[str], *, trainable: bool | Non
     if trainable is None:
         for parameter, source in ((layer.scale, state.weight), (layer.shift, state.bias)):
             parameter.requires_grad_(source is not None and source.requires_grad)
-    replace_module_(root, names, _slot(norm, layer))
+    replace_module_(root, names, _slot(norm, {"affine": layer}))
 
 
 def empty_slot_(root: nn.Module, names: Sequence[str]) -> None:
@@ -90,21 +153,20 @@ def _readable(norm: nn.Module, name: str) -> NormState:
     return state
 
 
-def _slot(norm: nn.Module, affine: ChannelAffine | None) -> nn.Module:
-    """What stands in the norm's place: the affine map, then what the norm did after normalizing.
+def _slot(norm: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
+    """What stands in the norm's place: new parts, then what the norm did after normalizing.
 
     The modules keep their names inside (`bn.act` stays `bn.act`), and the norm's hooks and flags move.
+    A single part stands there itself.
     """
     trailing = trailing_of(norm)
     slot: nn.Module
-    if trailing:
-        first = {} if affine is None else {"affine": affine}
-        slot = nn.Sequential(OrderedDict({**first, **trailing}))
+    if trailing or len(parts) > 1:
+        slot = nn.Sequential(OrderedDict({**parts, **trailing}))
     else:
-        slot = affine if affine is not None else nn.Identity()
-    for module in (slot, affine):
-        if module is not None:
-            module.training = norm.training
+        slot = next(iter(parts.values()), None) or nn.Identity()
+    for module in (slot, *parts.values()):
+        module.training = norm.training
     for hooks in _HOOKS:
         getattr(slot, hooks).update(getattr(norm, hooks))
     _carry_attributes(norm, slot)

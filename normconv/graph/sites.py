@@ -31,6 +31,7 @@ from normconv.graph.families import (
 from normconv.graph.hidden import hidden_references
 from normconv.graph.names import Names
 from normconv.graph.probe import is_affine_then_children
+from normconv.graph.standardizable import why_not_standardized
 from normconv.layers import kind_of
 from normconv.numerics import evaluating
 
@@ -58,6 +59,7 @@ class Site:
         shape: traced shape of its input.
         phase: the mode in which it is called.
         untrained: its statistics are still initial.
+        plain_filters: why weight standardization should leave the producers as they are.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Site:
     shape: tuple[int, ...] | None = None
     phase: Phase = "eval"
     untrained: bool = False
+    plain_filters: str = ""
 
     def unabsorbed(self, obstacle: str) -> Site:
         """Return the site as one that no layer can absorb."""
@@ -259,13 +262,14 @@ class _Judge:
         }
         state = norm_state(norm)
         if isinstance(state, str):
-            return Site(**common, refusal=state)
+            return Site(**common, channels=getattr(norm, "num_features", 0), refusal=state)
         common |= {"channels": state.channels, "untrained": state.untrained}
         if refusal := self._refusal(name, norm, shape):
             return Site(**common, refusal=refusal)
         found = self._absorbers.judge(norm, calls, state)
         first = found.producers[:1]
         op = kind_of(self._model.get_submodule(first[0])) if first else "none"
+        layers = [self._model.get_submodule(name) for name in found.producers]
         return Site(
             **common,
             producers=found.producers,
@@ -273,6 +277,7 @@ class _Judge:
             spans=found.spans,
             op=op,
             obstacle=found.obstacle,
+            plain_filters=why_not_standardized(layers),
         )
 
     def _input_shape(self, call: Call) -> tuple[int, ...] | None:

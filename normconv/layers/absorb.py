@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from normconv.errors import Problem, UsageError
 from normconv.layers.operators import layout_of
-from normconv.layers.reparametrised import WeightNormed, weight_norm_
+from normconv.layers.reparametrised import Reparametrised
+from normconv.layers.weight_norm import weight_norm_
 from normconv.numerics import Affine, response_to_shift, scale_columns_, scale_rows_
 
 __all__ = ["absorb_affine_", "absorb_input_affine_"]
@@ -26,8 +27,8 @@ def absorb_affine_(
     the scale goes into a signed gain instead and the direction stays w.
 
     Args:
-        layer: Linear, Conv1d-3d or ConvTranspose1d-3d (or a subclass) with a plain weight, or one that
-            `weight_norm_` made.
+        layer: Linear, Conv1d-3d or ConvTranspose1d-3d (or a subclass) with a plain weight, or one of
+            our reparametrised ones, whose gain takes the scale.
         affine: scale and shift, (O,) float64.
         weight_norm: leave the layer weight-normed.
         bias_trainable: `requires_grad` of the bias afterwards; None keeps the bias's own, or the
@@ -42,7 +43,8 @@ def absorb_affine_(
     5.0
     """
     layout = layout_of(layer)
-    weight = layer._parameters.get("weight_v" if isinstance(layer, WeightNormed) else "weight")
+    reparametrised = layer if isinstance(layer, Reparametrised) else None
+    weight = layer._parameters.get(reparametrised.computed_from[1] if reparametrised else "weight")
     if layout is None or weight is None:
         raise UsageError(
             Problem(type(layer).__name__, "has no plain weight to absorb an affine map")
@@ -54,8 +56,8 @@ def absorb_affine_(
         weight.grad = None  # it was the gradient of another weight
         value = affine.shift if bias is None else affine.scale * bias.double() + affine.shift
         _set_bias(layer, value, like=weight, trainable=bias_trainable)
-        if isinstance(layer, WeightNormed):
-            gain = layer.weight_g
+        if reparametrised:
+            gain = getattr(layer, reparametrised.computed_from[0])
             gain.copy_(gain.double() * affine.scale.reshape(gain.shape))
         elif weight_norm:
             weight_norm_(layer, affine.scale)

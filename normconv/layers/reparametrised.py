@@ -1,38 +1,53 @@
 """Layers whose weight is computed from other parameters: dynamic subclasses of the user's own class.
 
 `WNConv2d` is made once per class, as a subclass of (WeightNormed, Conv2d): `isinstance(m, nn.Conv2d)`
-holds, the class keeps its own `forward`, and whatever reads `m.weight` gets the computed weight.
+holds, the class keeps its own `forward`, and whatever reads `m.weight` gets the computed weight. Each
+way to compute one is a kind, a mixin in a module of its own.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, ClassVar, Self, TypeVar, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from normconv.errors import Problem, UsageError
 from normconv.layers.operators import OPERATORS, layout_of
-from normconv.numerics import RowLayout, normed_weight, split_weight_, true_weight
+from normconv.numerics import Pullback, RowLayout
 
 __all__ = [
     "Reparametrised",
-    "WeightNormed",
     "fold_layer_",
+    "on_each_class",
     "rebuild_layer",
-    "unfit_for_weight_norm",
-    "weight_norm_",
+    "reparametrise_",
+    "unfit_for",
 ]
 
 Layer = TypeVar("Layer", bound=nn.Module)
+Mixin = TypeVar("Mixin", bound="type[Reparametrised]")
 
 
 class Reparametrised:
-    """What every reparametrised layer is: a user's layer class with a computed `weight`."""
+    """What every reparametrised layer is: a user's layer class with a computed `weight`.
+
+    Attributes:
+        kind: its name in pickles.
+        prefix: what its classes' names begin with.
+        what: its name in reports.
+        computed_from: the gain, one number a row, and the parameter that has the weight's shape.
+        own_attributes: plain attributes that the kind keeps on a layer.
+        plain_class: the user's class.
+    """
 
     kind: ClassVar[str]
-    computed_from: ClassVar[tuple[str, ...]]
+    prefix: ClassVar[str]
+    what: ClassVar[str]
+    computed_from: ClassVar[tuple[str, str]]
+    own_attributes: ClassVar[tuple[str, ...]] = ()
     plain_class: ClassVar[type[nn.Module]]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -47,28 +62,6 @@ class Reparametrised:
         _set_state(twin, copy.deepcopy(super().__reduce_ex__(2)[2], memo))
         return twin
 
-    def true_weight(self) -> tuple[Tensor, Tensor]:
-        """Return the float64 weight rounded once, and which rows were repaired, (O,) bool."""
-        raise NotImplementedError
-
-
-class WeightNormed(Reparametrised):
-    """A layer with weight = g · v / ‖v‖ over the parameters `weight_g` (signed) and `weight_v`.
-
-    Source: Salimans & Kingma 2016, equation 2.
-    """
-
-    kind = "wn"
-    computed_from = ("weight_g", "weight_v")
-    weight_g: nn.Parameter
-    weight_v: nn.Parameter
-
-    @property
-    def weight(self) -> Tensor:
-        """The computed weight: same shape, dtype and memory format as `weight_v`."""
-        layout = self._layout
-        return _normed_weight(self.weight_g, self.weight_v, layout.transposed, layout.groups)
-
     @property
     def _layout(self) -> RowLayout:
         layout = layout_of(cast(nn.Module, self))
@@ -76,40 +69,59 @@ class WeightNormed(Reparametrised):
         return layout
 
     def true_weight(self) -> tuple[Tensor, Tensor]:
-        """Return the float64 weight rounded once, and which rows have ‖v‖ = 0, (O,) bool."""
-        return true_weight(self.weight_g.detach(), self.weight_v.detach(), self._layout)
+        """Return the float64 weight rounded once, and which rows were repaired, (O,) bool."""
+        raise NotImplementedError
+
+    def pullback(self) -> Pullback:
+        """Return the map from gradients of the weight to those of what it is computed from."""
+        raise NotImplementedError
 
 
-@fx.wrap
-def _normed_weight(g: Tensor, v: Tensor, transposed: bool, groups: int) -> Tensor:
-    """One call in the eyes of any `torch.fx` tracer, with plain values for the layout."""
-    return normed_weight(g, v, RowLayout(transposed, groups))
-
-
-_MIXINS: dict[str, type[Reparametrised]] = {"wn": WeightNormed}
-_PREFIX = {"wn": "WN"}
+_MIXINS: dict[str, type[Reparametrised]] = {}
 _made: dict[tuple[str, type[nn.Module]], type[nn.Module]] = {}
+_observers: list[Callable[[type[nn.Module]], None]] = []
+
+
+def a_kind(mixin: Mixin) -> Mixin:
+    """Enter a mixin under its kind."""
+    _MIXINS[mixin.kind] = mixin
+    return mixin
 
 
 def _class_for(kind: str, plain_class: type[nn.Module]) -> type[nn.Module]:
     key = (kind, plain_class)
     if key not in _made:
-        name = _PREFIX[kind] + plain_class.__name__
+        mixin = _MIXINS[kind]
+        name = mixin.prefix + plain_class.__name__
         namespace = {
             "plain_class": plain_class,
             "__module__": __name__,
             "__qualname__": name,
             "__doc__": f"{plain_class.__name__} with a reparametrised weight ({kind}).",
         }
-        _made[key] = type(name, (_MIXINS[kind], plain_class), namespace)
+        made = type(name, (mixin, plain_class), namespace)
+        _made[key] = made
+        for observer in _observers:
+            observer(made)
     return _made[key]
+
+
+def on_each_class(observer: Callable[[type[nn.Module]], None]) -> None:
+    """Call an observer with every class made so far and, from now on, with every one to come.
+
+    Other packages keep tables by exact class, and these classes are made as they are needed.
+    """
+    if observer not in _observers:
+        _observers.append(observer)
+    for made in list(_made.values()):
+        observer(made)
 
 
 def rebuild_layer(kind: str, plain_class: type[nn.Module], state: Any) -> nn.Module:
     """Make a reparametrised layer from its pickle. Runs no constructor.
 
     Args:
-        kind: which reparametrisation, ``"wn"``.
+        kind: which reparametrisation: ``"wn"`` or ``"ws"``.
         plain_class: the user's layer class.
         state: the layer's attributes.
 
@@ -132,53 +144,54 @@ def _set_state(layer: Any, state: Any) -> None:
     layer.__setstate__(state)
 
 
-def weight_norm_(layer: Layer, factor: Tensor | None = None) -> Layer:
-    """Turn a layer, in place, into its weight-normed form with weight factor · w.
-
-    v = w as it is and g = ‖w‖ · factor, so that a factor of 0 keeps the direction. `weight_g` and
-    `weight_v` take the place of `weight` in the order of parameters and inherit its `requires_grad`.
-    `weight_v` is the very parameter that `weight` was: nothing of the layer's size is copied.
-
-    Args:
-        layer: Linear, Conv1d-3d or ConvTranspose1d-3d (or a subclass) with a plain weight.
-        factor: (O,) float64 multiplier of the rows, None for 1.
+def plain_weight(layer: nn.Module, what: str) -> tuple[nn.Parameter, RowLayout]:
+    """Return a layer's plain weight and where its rows are.
 
     Raises:
         UsageError: the layer is of another class, or has no plain weight.
-
-    >>> layer = weight_norm_(nn.Linear(3, 2))
-    >>> isinstance(layer, nn.Linear), [name for name, _ in layer.named_parameters()]
-    (True, ['weight_g', 'weight_v', 'bias'])
     """
-    layout = layout_of(layer)
-    weight = layer._parameters.get("weight")
+    layout, weight = layout_of(layer), layer._parameters.get("weight")
     if layout is None or weight is None:
         raise UsageError(
             Problem(
-                type(layer).__name__,
-                "weight norm needs a Linear or convolution with a plain weight",
+                type(layer).__name__, f"{what} needs a Linear or convolution with a plain weight"
             )
         )
-    g, _ = split_weight_(weight.detach(), factor, layout)
+    return weight, layout
+
+
+def reparametrise_(
+    layer: Layer, kind: str, gain: Tensor, attributes: dict[str, Any] | None = None
+) -> Layer:
+    """Give a layer, in place, the class of a kind; its weight is the parameter of that shape.
+
+    Args:
+        layer: with a plain weight.
+        kind: which reparametrisation.
+        gain: one number a row, in the row shape and dtype of the weight.
+        attributes: plain attributes of the kind.
+    """
+    weight = layer._parameters["weight"]
+    assert weight is not None
     weight.grad = None  # it was the gradient of another weight
-    gain = nn.Parameter(g, requires_grad=weight.requires_grad)
-    _exchange(layer, ("weight",), {"weight_g": gain, "weight_v": weight})
+    made = _class_for(kind, type(layer))
+    names = _MIXINS[kind].computed_from
+    parameter = nn.Parameter(gain, requires_grad=weight.requires_grad)
+    _exchange(layer, ("weight",), {names[0]: parameter, names[1]: weight})
     module: Any = layer
-    module.__class__ = _class_for("wn", type(layer))
+    module.__class__ = made
+    module.__dict__.update(attributes or {})
     return layer
 
 
-def unfit_for_weight_norm(layer: nn.Module) -> str:
-    """Say why `weight_norm_` could not change the layer's class; empty where it can. Nothing is changed.
-
-    >>> unfit_for_weight_norm(nn.Linear(1, 1))
-    ''
-    """
+def unfit_for(kind: str, layer: nn.Module) -> str:
+    """Say why a layer could not get the class of a kind; empty where it can. Nothing is changed."""
     empty: Any = object.__new__(type(layer))
     try:
-        empty.__class__ = _class_for("wn", type(layer))
+        empty.__class__ = _class_for(kind, type(layer))
     except Exception as reason:  # the class is the user's, and so is what it does when subclassed
-        return f"{type(layer).__name__} cannot be subclassed as weight norm needs it ({reason})"
+        what = _MIXINS[kind].what
+        return f"{type(layer).__name__} cannot be subclassed as {what} needs it ({reason})"
     return ""
 
 
@@ -204,6 +217,8 @@ def fold_layer_(
     if done is not None:
         weight = done.setdefault(tuple(id(getattr(layer, name)) for name in names), weight)
     module: Any = layer
+    for name in layer.own_attributes:
+        module.__dict__.pop(name, None)
     module.__class__ = layer.plain_class
     _exchange(module, names, {"weight": weight})
     return repaired

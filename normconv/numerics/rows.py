@@ -16,11 +16,15 @@ from torch import Tensor
 __all__ = [
     "RowLayout",
     "all_finite",
+    "beside",
     "fill_rows_",
+    "in_memory_format_of",
+    "row_axes",
     "row_blocks",
     "row_norms",
     "scale_rows",
     "scale_rows_",
+    "wide_dtype",
     "wide_row_norms",
 ]
 
@@ -148,12 +152,38 @@ def _spans(total: int, at_once: int) -> list[tuple[int, int]]:
     return [(i * total // number, (i + 1) * total // number) for i in range(number)]
 
 
-def _beside(row_values: Tensor, block: Tensor, layout: RowLayout) -> Tensor:
-    """Shape the values of a block's rows to broadcast over it."""
+def beside(row_values: Tensor, block: Tensor, layout: RowLayout) -> Tensor:
+    """Shape the values of a block's rows, (rows,), to broadcast over it."""
     kernel = (1,) * (block.dim() - (3 if layout.transposed else 1))
     if layout.transposed:
         return row_values.reshape(block.shape[0], 1, block.shape[2], *kernel)
     return row_values.reshape(block.shape[0], *kernel)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype to compute in: at least float32. `torch.promote_types` would stay in exports.
+
+    >>> wide_dtype(torch.bfloat16), wide_dtype(torch.float64)
+    (torch.float32, torch.float64)
+    """
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def row_axes(block: Tensor, layout: RowLayout) -> list[int]:
+    """Return the axes that lie inside a row, in the form that `row_blocks` gives."""
+    return [1, *range(3, block.dim())] if layout.transposed else list(range(1, block.dim()))
+
+
+def in_memory_format_of(like: Tensor, weight: Tensor) -> Tensor:
+    """Return the weight channels-last where `like` is: fused kernels return contiguous weights."""
+    for rank, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if (
+            like.dim() == rank
+            and not like.is_contiguous()
+            and like.is_contiguous(memory_format=memory_format)
+        ):
+            return weight.contiguous(memory_format=memory_format)
+    return weight
 
 
 def wide_row_norms(weight: Tensor, layout: RowLayout) -> Tensor:
@@ -186,7 +216,7 @@ def scale_rows_(weight: Tensor, factor: Tensor, layout: RowLayout) -> Tensor:
     """
     for block, rows in row_blocks(weight, layout):
         wide = block.double()  # a float64 block is itself
-        wide.mul_(_beside(factor[rows], block, layout))
+        wide.mul_(beside(factor[rows], block, layout))
         if wide is not block:
             block.copy_(wide)
     return weight
@@ -207,7 +237,7 @@ def fill_rows_(weight: Tensor, which: Tensor, value: float, layout: RowLayout) -
             [1.0000, 1.0000]])
     """
     for block, rows in row_blocks(weight, layout):
-        block.masked_fill_(_beside(which[rows], block, layout), value)
+        block.masked_fill_(beside(which[rows], block, layout), value)
     return weight
 
 

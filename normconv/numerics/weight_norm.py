@@ -14,9 +14,11 @@ from torch import Tensor
 from normconv.numerics.rows import (
     RowLayout,
     fill_rows_,
+    in_memory_format_of,
     row_norms,
     scale_rows,
     scale_rows_,
+    wide_dtype,
     wide_row_norms,
 )
 
@@ -55,22 +57,10 @@ def normed_weight(g: Tensor, v: Tensor, layout: RowLayout) -> Tensor:
     if not layout.transposed:
         weight = torch._weight_norm(v, g, 0)
     else:
-        wide = torch.promote_types(v.dtype, torch.float32)
+        wide = wide_dtype(v.dtype)
         norms = row_norms(v.to(wide), layout)
         weight = scale_rows(v, g.reshape(-1).to(wide) / norms, layout).to(v.dtype)
-    return _in_memory_format_of(v, weight)
-
-
-def _in_memory_format_of(v: Tensor, weight: Tensor) -> Tensor:
-    """The fused kernel returns contiguous weights: a channels-last model must get its layout back."""
-    for rank, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if (
-            v.dim() == rank
-            and not v.is_contiguous()
-            and v.is_contiguous(memory_format=memory_format)
-        ):
-            return weight.contiguous(memory_format=memory_format)
-    return weight
+    return in_memory_format_of(v, weight)
 
 
 def true_weight(g: Tensor, v: Tensor, layout: RowLayout) -> tuple[Tensor, Tensor]:

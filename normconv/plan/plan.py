@@ -17,10 +17,12 @@ __all__ = ["Action", "Plan", "Step"]
 
 SCHEMA = "normconv.plan/1"
 
-Action = Literal["fold", "forward", "affine", "frozen", "keep", "drop"]
-"""fold: into the producers. forward: into the consumers. affine: a trainable `ChannelAffine` in the
-norm's slot. frozen: one that is not trained. keep: the norm stays. drop: the norm is never called and
-its slot is emptied."""
+Action = Literal["fold", "forward", "affine", "frozen", "standardize", "fresh", "keep", "drop"]
+"""fold: into the producers. standardize: so, and their weights are standardized. forward: into the
+consumers. affine: a trainable `ChannelAffine` in the norm's slot. frozen: one that is not trained.
+fresh: there are no statistics to take over. keep: the norm stays. drop: the norm is never called and
+its slot is emptied. What another norm takes the place of is folded, or made an affine map, without γ
+and β, which that norm gets."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,10 @@ from normconv.proof.recorder import record_outputs as record_outputs
 from normconv.proof.recording import Recording as Recording
 from normconv.proof.recording import coarsest_dtype as coarsest_dtype
 from normconv.proof.recording import record_original as record_original
+from normconv.proof.trained_statistics import prove_converted as prove_converted
+from normconv.proof.trained_statistics import (
+    with_trained_statistics as with_trained_statistics,
+)
 from normconv.proof.visible import blind_sites as blind_sites
 from normconv.proof.visible import randomise_norms_ as randomise_norms_
-from normconv.proof.within import prove_recorded_within as prove_recorded_within
 from normconv.proof.within import record_original_within as record_original_within

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from normconv.sources.data import Transform as Transform
+from normconv.sources.data import open_data as open_data
 from normconv.sources.inputs import Inputs as Inputs
 from normconv.sources.inputs import example_inputs as example_inputs
 from normconv.sources.loading import Loaded as Loaded

@@ -23,7 +23,7 @@ from torch import nn
 from normconv.errors import LoadError, MissingDependency, Problem, UsageError
 from normconv.sources.trust import importable_from_here
 
-__all__ = ["Built", "build", "is_spec", "parse_model_args"]
+__all__ = ["Built", "build", "is_spec", "named_object", "parse_model_args"]
 
 _LIBRARIES = ("timm", "torchvision", "transformers")
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -186,6 +186,23 @@ def _from_folder(folder: Path, args: dict[str, Any], keep_weights: bool) -> Buil
 
 def _from_factory(spec: str, args: dict[str, Any]) -> nn.Module:
     """Import ``package.module`` (also from the current folder) and call its ``factory``."""
+    with importable_from_here():
+        found = named_object(spec)
+        if isinstance(found, nn.Module):
+            return copy.deepcopy(found)
+        if not callable(found):
+            what = f"{spec.partition(':')[2]} is a {type(found).__name__}, not a factory"
+            raise UsageError(Problem(spec, what))
+        return _call(found, args, spec)
+
+
+def named_object(spec: str) -> Any:
+    """Import what ``package.module:name`` names, also from the current folder.
+
+    Raises:
+        UsageError: there is no such module, or nothing of that name in it.
+        LoadError: its import fails.
+    """
     module_name, _, path = spec.partition(":")
     with importable_from_here():
         try:
@@ -204,11 +221,7 @@ def _from_factory(spec: str, args: dict[str, Any]) -> nn.Module:
                 hint = f"did you mean {', '.join(close)}?" if close else ""
                 raise UsageError(Problem(spec, f"{module_name} has no {path}", hint))
             found = getattr(found, part)
-        if isinstance(found, nn.Module):
-            return copy.deepcopy(found)
-        if not callable(found):
-            raise UsageError(Problem(spec, f"{path} is a {type(found).__name__}, not a factory"))
-        return _call(found, args, spec)
+        return found
 
 
 def _call(factory: Callable[..., Any], args: dict[str, Any], where: str) -> nn.Module:

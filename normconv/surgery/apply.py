@@ -222,8 +222,9 @@ def _step_problems(model: nn.Module, step: Step) -> list[Problem]:
             model.get_submodule(name)
         except AttributeError:
             problems.append(Problem(name, "the plan names it and the model has no such module"))
-    layers = {"fold": step.producers, "forward": step.consumers}.get(step.action, ())
-    if step.action in ("fold", "forward") and not layers:
+    into = {"fold": step.producers, "standardize": step.producers, "forward": step.consumers}
+    layers = into.get(step.action, ())
+    if step.action in into and not layers:
         problems.append(
             Problem(step.site, "the plan folds it into no layer", "use action 'affine'")
         )

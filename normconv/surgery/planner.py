@@ -202,11 +202,11 @@ def _step(site: Site, recipe: Recipe, drop_unreached: bool, problems: list[Probl
                 rule.to,
                 decision.action,
                 decision.reason,
-                fidelity=target.fidelity,
+                fidelity=decision.fidelity or target.fidelity,
                 producers=decision.producers,
                 consumers=decision.consumers,
                 spans=decision.spans,
-                options=dict(rule.options),
+                options=dict(rule.options if decision.options is None else decision.options),
             )
         problem = decision
     problems.append(problem)

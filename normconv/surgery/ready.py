@@ -32,7 +32,7 @@ def check_tensors(model: nn.Module, plan: Plan, *, in_place: bool = False) -> No
     names, problems = Names(model), list[Problem]()
     written: dict[int, str] = {}
     for step in plan.converted:
-        if step.action == "drop":
+        if step.action in ("drop", "fresh"):
             continue
         state = norm_state(model.get_submodule(step.site))
         if isinstance(state, str):
@@ -73,7 +73,7 @@ def _layer_problems(name: str, layer: nn.Module, step: Step, names: Names) -> It
         if others:
             what = f"it shares its {which} with {', '.join(others)}"
             yield Problem(name, what, "use action 'affine'")
-    becomes = step.target == "wn" and not isinstance(layer, Reparametrised)
+    becomes = step.target in ("wn", "wn+mobn") and not isinstance(layer, Reparametrised)
     unfit = unfit_for_weight_norm(layer) if becomes else ""
     if unfit:
         yield Problem(name, unfit, "use target 'plain' there")

@@ -11,12 +11,33 @@ from normconv.targets.base import Decision as Decision
 from normconv.targets.base import Target as Target
 from normconv.targets.base import options_of
 from normconv.targets.frozen import Frozen as Frozen
+from normconv.targets.group_norm import GroupNorm as GroupNorm
+from normconv.targets.group_norm_ws import GroupNormWS as GroupNormWS
+from normconv.targets.mean_only import WeightNormMeanOnly as WeightNormMeanOnly
 from normconv.targets.plain import Plain as Plain
 from normconv.targets.wn import WeightNorm as WeightNorm
 
-__all__ = ["TARGETS", "Decision", "Frozen", "Plain", "Target", "WeightNorm", "make_target"]
+__all__ = [
+    "TARGETS",
+    "Decision",
+    "Frozen",
+    "GroupNorm",
+    "GroupNormWS",
+    "Plain",
+    "Target",
+    "WeightNorm",
+    "WeightNormMeanOnly",
+    "make_target",
+]
 
-TARGETS: tuple[type[Target], ...] = (WeightNorm, Plain, Frozen)
+TARGETS: tuple[type[Target], ...] = (
+    WeightNorm,
+    WeightNormMeanOnly,
+    Plain,
+    Frozen,
+    GroupNorm,
+    GroupNormWS,
+)
 
 
 def make_target(name: str, options: Mapping[str, Any] | None = None) -> Target:

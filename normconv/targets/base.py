@@ -25,6 +25,8 @@ class Decision:
         producers: the layers before it that absorb the norm; only with ``fold``.
         consumers: the layers after it that absorb it; only with ``forward``.
         spans: which channel each feature of those layers is; empty for one to one.
+        options: the target's options as they were resolved for the site; None for those given.
+        fidelity: where it is not the target's own.
     """
 
     action: Action
@@ -32,16 +34,20 @@ class Decision:
     producers: tuple[str, ...] = ()
     consumers: tuple[str, ...] = ()
     spans: tuple[str, ...] = ()
+    options: Mapping[str, Any] | None = None
+    fidelity: str = ""
 
 
 class Target(Protocol):
     """One target. Its fields are its options, validated when it is made.
 
-    `actions` are those its `edit` can do, for plans that were edited by hand.
+    `actions` are those its `edit` can do, for plans that were edited by hand. `couples` says whether
+    samples of a batch go on seeing each other in training mode.
     """
 
     name: ClassVar[str]
     fidelity: ClassVar[str]
+    couples: ClassVar[bool]
     actions: ClassVar[tuple[Action, ...]]
     promise: ClassVar[str]
 
@@ -75,4 +81,11 @@ def options_of(kind: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:
     return dict(options)
 
 
-_KINDS: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str}
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "bool": bool,
+    "int": int,
+    "float": (float, int),
+    "str": str,
+    "int | str": (int, str),
+    "float | str": (float, int, str),
+}

@@ -13,10 +13,12 @@ from normconv.graph.rewrite import absorb_norm_, affine_norm_
 from normconv.plan import Action, Step
 from normconv.targets.base import Decision
 
-__all__ = ["Absorbing", "refusal"]
+__all__ = ["NO_STATISTICS", "Absorbing", "affine_cost", "refusal"]
+
+NO_STATISTICS = "it keeps no running statistics"  # how such a refusal begins
 
 
-def _cost(site: Site) -> str:
+def affine_cost(site: Site) -> str:
     """Say what an affine map in the slot costs at inference."""
     if site.shape is None:
         return "a multiply-add an element at inference"
@@ -25,14 +27,14 @@ def _cost(site: Site) -> str:
 
 
 _TRAIN_FIRST = (
-    "keep it (exclude), or train statistics first: make it with track_running_stats=True and run a few "
-    "batches in training mode"
+    "take a gn target for it, keep it (exclude), or train statistics first: make it with "
+    "track_running_stats=True and run a few batches in training mode"
 )
 
 
 def refusal(site: Site) -> Problem | None:
     """Return why no exact target can take the norm, if so."""
-    if site.refusal.startswith("it keeps no running statistics"):
+    if site.refusal.startswith(NO_STATISTICS):
         return Problem(site.name, site.refusal, _TRAIN_FIRST)
     if site.refusal:
         return Problem(site.name, f"{site.norm}: {site.refusal}", "exclude it or use strict=False")
@@ -43,6 +45,7 @@ class Absorbing:
     """Takes the norm into the layers before it, else into those after it, else keeps its map."""
 
     fidelity: ClassVar[str] = "exact"
+    couples: ClassVar[bool] = False
     actions: ClassVar[tuple[Action, ...]] = ("fold", "forward", "affine")
     weight_norm: ClassVar[bool]
 
@@ -56,7 +59,7 @@ class Absorbing:
         if site.consumers:
             why = f"forward into {' + '.join(site.consumers)}: {site.obstacle}"
             return Decision("forward", why, consumers=site.consumers, spans=site.spans)
-        return Decision("affine", f"{site.obstacle}; {_cost(site)}")
+        return Decision("affine", f"{site.obstacle}; {affine_cost(site)}")
 
     def edit(self, root: nn.Module, step: Step) -> None:
         """Absorb the norm, or put its map into its slot."""

@@ -29,6 +29,7 @@ class Frozen:
 
     name: ClassVar[str] = "frozen"
     fidelity: ClassVar[str] = "exact"
+    couples: ClassVar[bool] = False
     actions: ClassVar[tuple[Action, ...]] = ("frozen",)
     promise: ClassVar[str] = "same eval function, now in train mode too; weights untouched"
 

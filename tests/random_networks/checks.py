@@ -25,7 +25,7 @@ from normconv.numerics import relative_l2
 from normconv.plan import Plan
 from normconv.proof import coarsest_dtype, evaluate, flat_outputs
 from normconv.surgery import apply_plan
-from normconv.targets import TARGETS
+from tests.cases import EXACT
 from tests.random_networks.expected import must_fold, refused_norms
 from tests.random_networks.program import Program
 from tests.random_networks.snapshots import assert_unchanged, snapshot, tensors_of
@@ -76,7 +76,7 @@ def check(program: Program, *, site: int = 0, captures: bool = True, export: str
     outcome, model = Checked(), program.model()
     subject = Subject.of(program, model)
     if any(layer.kind == "functional" for _, _, layer in program.calls(aux=True)):
-        for target in TARGETS:
+        for target in EXACT:
             refusal = _refusal(subject, target.name)
             assert "graph" in str(refusal), f"the way out is not named: {refusal}"
             outcome.refusals[target.name] = [problem.what for problem in refusal.problems]
@@ -89,10 +89,10 @@ def check(program: Program, *, site: int = 0, captures: bool = True, export: str
     if captures:
         outcome.captures = check_captures(subject)
     if refused_norms(program):
-        for target in TARGETS:
+        for target in EXACT:
             outcome.refusals[target.name] = _check_refused(subject, target.name)
         return outcome
-    for target in TARGETS:
+    for target in EXACT:
         plan = _check_target(subject, target.name)
         outcome.actions[target.name] = Counter(plan.counts())
         if target.name == "wn":
@@ -116,7 +116,7 @@ def check_drawn(program: Program, *, captures: int, exports: int) -> Checked:
         program,
         site=drawn,
         captures=drawn % captures == 0,
-        export=TARGETS[drawn // 3 % len(TARGETS)].name if export else "",
+        export=EXACT[drawn // 3 % len(EXACT)].name if export else "",
     )
 
 

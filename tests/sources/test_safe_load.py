@@ -16,7 +16,9 @@ import torch
 from torch import nn
 
 from normconv.errors import LoadError, UsageError
-from normconv.sources import load, open_source
+from normconv.layers import MeanOnlyBatchNorm, weight_norm_, weight_standardize_
+from normconv.layers.reparametrised import rebuild_layer
+from normconv.sources import load, open_source, save
 
 timm = pytest.importorskip("timm")
 tv = pytest.importorskip("torchvision.models")
@@ -135,14 +137,28 @@ def test_files_of_the_old_format_load(whole: bool, tmp_path: Path) -> None:
 
 
 def test_a_converted_layer_round_trips(tmp_path: Path) -> None:
-    layers = pytest.importorskip("normconv.layers.reparametrised")
-    if not hasattr(layers, "WeightNormed"):
-        pytest.skip("no layers yet")
-    operator = nn.Linear(3, 2)
-    layer = layers.rebuild_layer("wn", nn.Linear, wn_state(operator))
+    layer = rebuild_layer("wn", nn.Linear, wn_state(nn.Linear(3, 2)))
     torch.save(nn.Sequential(layer), tmp_path / "m.pt")
     back = load(tmp_path / "m.pt")
     assert type(back[0]) is type(layer)
+
+
+@pytest.mark.parametrize("kind", ["wn", "ws", "mean-only"])
+def test_our_layers_load_in_a_whole_module(kind: str, tmp_path: Path) -> None:
+    conv = nn.Conv2d(3, 4, 3)
+    layers = {
+        "wn": lambda: [weight_norm_(conv)],
+        "ws": lambda: [weight_standardize_(conv, dialect="qiao")],
+        "mean-only": lambda: [weight_norm_(conv), MeanOnlyBatchNorm(4, momentum=None)],
+    }
+    model = nn.Sequential(*layers[kind]())
+    x = torch.randn(2, 3, 5, 5)
+    model(x)
+    save(model, tmp_path / "m.pt")
+    back = load(tmp_path / "m.pt")
+    assert [type(layer) for layer in back] == [type(layer) for layer in model]
+    assert repr(back) == repr(model)
+    assert torch.equal(back.eval()(x), model.eval()(x))
 
 
 def wn_state(linear: nn.Linear) -> dict[str, object]:

@@ -169,7 +169,7 @@ def test_an_edited_plan_does_what_it_says() -> None:
 EDITS = [
     pytest.param({"producers": ("head",)}, id="a layer with other channels"),
     pytest.param({"producers": ("relu",)}, id="a layer that holds nothing"),
-    pytest.param({"target": "gn"}, id="a target that is none"),
+    pytest.param({"target": "zz"}, id="a target that is none"),
     pytest.param({"options": {"groups": 2}}, id="an option that is none"),
     pytest.param({"target": "frozen"}, id="an action that the target does not do"),
 ]

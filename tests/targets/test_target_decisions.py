@@ -11,6 +11,8 @@ from normconv.graph import Site
 from normconv.layers import ChannelAffine, WeightNormed
 from normconv.plan import Step
 from normconv.targets import TARGETS, Decision, make_target
+from normconv.targets.groups import choose_groups
+from tests.cases import EXACT
 
 FOLDABLE = Site("bn", "BatchNorm2d", 4, producers=("conv",), op="conv2d", shape=(2, 4, 3, 3))
 BLOCKED = Site("bn", "BatchNorm2d", 4, obstacle="follows relu")
@@ -37,8 +39,8 @@ def test_frozen_takes_both_the_same() -> None:
         assert (decision.action, decision.producers) == ("frozen", ())
 
 
-@pytest.mark.parametrize("kind", TARGETS)
-def test_every_target_refuses_with_a_way_out(kind: type) -> None:
+@pytest.mark.parametrize("kind", EXACT)
+def test_every_exact_target_refuses_with_a_way_out(kind: type) -> None:
     for site in (REFUSED, NO_STATS):
         problem = kind().decide(site)
         assert isinstance(problem, Problem)
@@ -121,3 +123,80 @@ def test_a_map_of_a_norm_without_affine_is_not_trained() -> None:
     assert not any(parameter.requires_grad for parameter in net[1].parameters())
     x = torch.randn(2, 4, 3, 3)
     torch.testing.assert_close(net(x), net[0](x) / (1 + 1e-5) ** 0.5)
+
+
+# --- gn -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("channels", "shape", "wanted", "number"),
+    [
+        (64, (2, 64, 8, 8), {}, 1),
+        (64, (2, 64, 8, 8), {"pretrained": False}, 4),
+        (8, (2, 8, 8, 8), {"pretrained": False}, 1),
+        (64, (2, 64, 8, 8), {"groups": 32}, 32),
+        (24, (2, 24, 8, 8), {"groups": 32}, 24),
+        (24, (2, 24, 8, 8), {"groups": 16}, 12),
+        (64, (2, 64, 8, 8), {"channels_per_group": 1}, 64),
+        (64, (2, 64, 8, 8), {"channels_per_group": 100}, 1),
+        (64, (2, 64, 1, 1), {"channels_per_group": 1}, 4),
+        (64, (2, 64), {"groups": 64}, 4),
+        (4, (2, 4), {"groups": 4}, 1),
+        (64, None, {"groups": 64}, 64),
+        (7, (2, 7, 2, 2), {"groups": 7}, 1),
+    ],
+)
+def test_groups_divide_and_hold_enough_numbers(
+    channels: int, shape: tuple[int, ...] | None, wanted: dict[str, int], number: int
+) -> None:
+    chosen = choose_groups(channels, shape, **wanted)
+    assert not isinstance(chosen, str)
+    assert chosen.number == number
+    assert channels % number == 0
+    assert chosen.reason
+
+
+def test_a_group_of_one_number_is_refused() -> None:
+    assert "no variance" in str(choose_groups(1, (2, 1)))
+    one = Site("bn", "BatchNorm1d", 1, producers=("fc",), shape=(2, 1))
+    problem = make_target("gn").decide(one)
+    assert isinstance(problem, Problem)
+    assert "exclude" in problem.way_out
+
+
+def test_gn_resolves_its_options_by_the_case() -> None:
+    trained, fresh = FOLDABLE, Site("bn", "BatchNorm2d", 32, shape=(2, 32, 8, 8), untrained=True)
+    decided = make_target("gn").decide(trained)
+    assert isinstance(decided, Decision)
+    assert decided.options == {"groups": 1, "eps": 1.0, "search": True}
+    assert not decided.fidelity
+    decided = make_target("gn").decide(fresh)
+    assert isinstance(decided, Decision)
+    assert decided.options == {"groups": 2, "eps": 1e-5, "search": True}
+    assert decided.fidelity == "fresh"
+    decided = make_target("gn", {"groups": 2, "eps": 0.5}).decide(trained)
+    assert isinstance(decided, Decision)
+    assert decided.options == {"groups": 2, "eps": 0.5}
+    without = make_target("gn").decide(NO_STATS)
+    assert isinstance(without, Problem)  # its channels are not known
+    bare = Site("bn", "BatchNorm2d", 8, shape=(2, 8, 8, 8), refusal=NO_STATS.refusal)
+    decided = make_target("gn").decide(bare)
+    assert isinstance(decided, Decision)
+    assert (decided.action, decided.fidelity) == ("fresh", "fresh")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"groups": 0},
+        {"groups": "many"},
+        {"groups": 2, "channels_per_group": 4},
+        {"channels_per_group": -1},
+        {"eps": 0.0},
+        {"eps": "small"},
+        {"eps": float("nan")},
+    ],
+)
+def test_gn_refuses_options_that_make_no_sense(options: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match="target gn"):
+        make_target("gn", options)

@@ -1,0 +1,119 @@
+"""Calibration data: any re-iterable of batches, checked, as positional and keyword inputs of a model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from normconv.errors import Problem, UsageError
+
+__all__ = ["Batches", "Source"]
+
+Source = Iterable[Any] | Callable[[], Iterable[Any]]
+_Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+_ONE_SHOT = "give a DataLoader, a list of batches, or a function that makes a new iterator"
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches of inputs that can be gone through again and again.
+
+    A batch is a tensor; a tuple or list, of which as many are taken as the model has positional inputs
+    (what follows are labels); or a dict of keyword inputs.
+
+    Args:
+        source: a DataLoader, a list, or a function that makes an iterator.
+        positional: how many positional inputs the model takes.
+        like: a parameter of the model, whose device and dtype floating inputs get; None leaves them.
+        names: keyword inputs to take of a dict; all for None.
+    """
+
+    source: Source
+    positional: int = 1
+    like: Tensor | None = None
+    names: frozenset[str] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        source: Source,
+        model: nn.Module,
+        positional: int = 1,
+        names: Iterable[str] | None = None,
+    ) -> Batches:
+        """Take data for a model, and refuse what can be gone through only once.
+
+        Raises:
+            UsageError: an iterator, or nothing that can be iterated.
+        """
+        if isinstance(source, (Tensor, Mapping, str)) or not (
+            callable(source) or isinstance(source, Iterable)
+        ):
+            what = f"it is a {type(source).__name__}, no iterable of batches"
+            raise UsageError(Problem("data", what, "give a list of batches: [tensor]"))
+        if isinstance(source, Iterator):
+            what = f"it is a {type(source).__name__}, which can be gone through only once"
+            raise UsageError(Problem("data", what, _ONE_SHOT))
+        like = next((p for p in model.parameters() if p.is_floating_point()), None)
+        return cls(source, positional, like, None if names is None else frozenset(names))
+
+    def __iter__(self) -> Iterator[_Inputs]:
+        batches = self.source() if callable(self.source) else self.source
+        for batch in batches:
+            yield self._inputs(batch)
+
+    def _inputs(self, batch: Any) -> _Inputs:
+        if isinstance(batch, Mapping):
+            names = batch.keys() if self.names is None else batch.keys() & self.names
+            return (), {name: self._placed(batch[name]) for name in batch if name in names}
+        if isinstance(batch, (tuple, list)):
+            return tuple(self._placed(item) for item in batch[: self.positional]), {}
+        return (self._placed(batch),), {}
+
+    def _placed(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or self.like is None:
+            return value
+        dtype = self.like.dtype if value.is_floating_point() else value.dtype
+        return value.to(device=self.like.device, dtype=dtype)
+
+    def checked(self) -> dict[str, Any]:
+        """Go through all of it once; return what a report says of it.
+
+        Returns:
+            Numbers of batches and samples, and a SHA-256 over the values of all tensors.
+
+        Raises:
+            UsageError: it is empty, constant, or holds NaN or infinity; names the batch.
+        """
+        digest, batches, samples = hashlib.sha256(), 0, 0
+        lowest, highest = float("inf"), -float("inf")
+        for args, kwargs in self:
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            for tensor in tensors:
+                if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                    raise UsageError(
+                        Problem(f"data, batch {batches}", "it holds NaN or infinity", "clean it")
+                    )
+                if tensor.numel():
+                    lowest = min(lowest, tensor.double().min().item())
+                    highest = max(highest, tensor.double().max().item())
+                digest.update(str(tuple(tensor.shape)).encode())
+                digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+            samples += len(tensors[0]) if tensors and tensors[0].dim() else 0
+            batches += 1
+        if not samples:
+            raise UsageError(Problem("data", "it is empty", "give a few batches of inputs"))
+        if lowest == highest:
+            what = f"every number in it is {lowest:g}"
+            raise UsageError(Problem("data", what, "give real inputs: a constant tells nothing"))
+        return {"batches": batches, "samples": samples, "sha256": digest.hexdigest()}
+
+
+def first_inputs(batches: Batches) -> _Inputs:
+    """Return the inputs of the first batch."""
+    return next(iter(batches))

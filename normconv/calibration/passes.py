@@ -1,0 +1,73 @@
+"""Partial passes: a model is run only as far as the last module that is looked at."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normconv.numerics import evaluating
+
+__all__ = ["Seen", "run_until"]
+
+Seen = Callable[[str, Tensor], None]
+
+
+class _FarEnough(Exception):
+    """Every call that was waited for has been seen."""
+
+
+def run_until(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    calls: Mapping[str, int],
+    seen: Seen,
+) -> Counter[str]:
+    """Run a model in eval mode until modules were called as often as they are going to be.
+
+    Args:
+        model: not changed.
+        args: positional inputs.
+        kwargs: keyword inputs.
+        calls: how often each named module is called in a forward; 0 for "run to the end".
+        seen: gets the name and the first input of each of those calls.
+
+    Returns:
+        How often each was called.
+
+    >>> net, got = nn.Sequential(nn.ReLU(), nn.Linear(2, 1)), []
+    >>> run_until(net, (torch.ones(1, 2),), {}, {"0": 1}, lambda name, x: got.append((name, x.shape)))
+    Counter({'0': 1})
+    >>> got
+    [('0', torch.Size([1, 2]))]
+    """
+    counted: Counter[str] = Counter()
+    left = sum(calls.values()) if all(calls.values()) else -1
+
+    def hook(name: str) -> Any:
+        def look(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            nonlocal left
+            values = (*inputs, *named.values())
+            seen(name, values[0].detach())
+            counted[name] += 1
+            left -= 1
+            if left == 0:
+                raise _FarEnough
+
+        return look
+
+    with ExitStack() as stack:
+        for name in calls:
+            module = model.get_submodule(name)
+            handle = module.register_forward_pre_hook(hook(name), with_kwargs=True)
+            stack.callback(handle.remove)
+        stack.enter_context(evaluating(model))
+        stack.enter_context(torch.no_grad())
+        with suppress(_FarEnough):
+            model(*args, **kwargs)
+    return counted

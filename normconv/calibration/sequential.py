@@ -1,0 +1,280 @@
+"""Calibration, site after site, each on what the part before it, already calibrated, puts out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from normconv.calibration.batches import Batches, Source
+from normconv.calibration.drift import Drift, measure_drift
+from normconv.calibration.matching import Match, candidates, match_
+from normconv.calibration.order import independent_groups
+from normconv.calibration.passes import run_until
+from normconv.calibration.refit import Refit, can_refit, refit_
+from normconv.errors import CheckFailed, Problem, UsageError
+from normconv.graph import Names, NormState, norm_state
+from normconv.graph.rewrite import normalizer_name
+from normconv.layers import WeightStandardized, copy_model
+from normconv.plan import Plan, Step, record
+from normconv.report import Check, Report
+from normconv.surgery import Result
+
+__all__ = ["calibrate"]
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class _Found:
+    """What calibration found, by site: numbers of groups, shares of variance lost, and warnings."""
+
+    groups: dict[str, int] = field(default_factory=dict)
+    lost: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def calibrate(
+    model: nn.Module,
+    plan: Plan,
+    data: Source,
+    *,
+    reference: nn.Module,
+    held_out: Source | None = None,
+    min_agreement: float | None = None,
+    refit: bool = True,
+    progress: Progress | None = None,
+) -> Result:
+    """Return a copy of a converted model whose norms match the original's moments on unlabelled data.
+
+    Site after site, with everything before it calibrated already, the layer before the norm is fitted
+    to its new inputs, then γ and β are set so that mean and deviation of each channel of the norm's
+    output are those of the original's on the same data; where the plan left the number of groups open,
+    the one with the least error is taken. Nothing is trained and the result is the same every time.
+
+    Args:
+        model: what `apply_plan` made of the reference; not changed.
+        plan: that it was made by.
+        data: batches of inputs that can be gone through again and again: a DataLoader, a list, or a
+            function that makes an iterator. Of a tuple only the model's inputs are taken, no labels.
+        reference: the original; not changed.
+        held_out: other batches to measure on; without them it is measured on the data itself, and the
+            report says so.
+        min_agreement: the least share of held-out samples with the same top-1 as the original.
+        refit: also fit the weights before the norms, by ridge regression toward what they were, to what
+            the original puts out there; without it only γ and β are set (and standardized weights get
+            the filter nearest to theirs that has no mean).
+        progress: called with the number of groups of sites done and in all.
+
+    Raises:
+        UsageError: the data is empty, constant, holds NaN, can be gone through only once, or does not
+            fit the model; or plan and models do not belong together.
+        CheckFailed: the agreement is below `min_agreement`; carries the report and the model.
+
+    >>> import torch, normconv as nc
+    >>> net, images = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), torch.randn(16, 3, 8, 8)
+    >>> _ = net(images)
+    >>> plan = nc.make_plan(net, "gn", example_inputs=(images,))
+    >>> converted = nc.apply_plan(net, plan).model
+    >>> model, report = nc.calibrate(converted, plan, [images], reference=net)
+    >>> report.facts["data"]["samples"]
+    16
+    """
+    steps = _sampled(model, plan)
+    _check_pair(model, reference, plan, steps)
+    twin = copy_model(model)
+    batches = Batches.of(data, reference)
+    used = batches.checked()
+    measured = batches if held_out is None else Batches.of(held_out, reference)
+    before = _measured(reference, model, plan, measured)
+    found = _matched_(twin, reference, steps, batches, refit, progress)
+    after = measure_drift(reference, twin, plan.steps, measured)
+    done = replace(plan, steps=tuple(_with_groups(step, found.groups) for step in plan.steps))
+    used = {**used, "purpose": "calibrate", "refit": refit}
+    record(twin, {"calibrate": {"groups": found.groups, "data": used}})
+    report = _report(done, before, after, used, held_out is not None, min_agreement)
+    lost = {"variance lost to standardization": found.lost} if any(found.lost.values()) else {}
+    report = report.extended(facts=lost, notes=tuple(found.notes))
+    if not report.passed:
+        raise CheckFailed(report, twin)
+    return Result(twin, report)
+
+
+def _sampled(model: nn.Module, plan: Plan) -> list[Step]:
+    """The steps that put a GroupNorm in place."""
+    found = []
+    names = Names(model)
+    for step in plan.converted:
+        if names.known(step.site) and step.phase == "eval":
+            norm = model.get_submodule(normalizer_name(model, step.site))
+            if isinstance(norm, nn.GroupNorm):
+                found.append(step)
+    return found
+
+
+def _check_pair(model: nn.Module, reference: nn.Module, plan: Plan, steps: Sequence[Step]) -> None:
+    if not steps:
+        what = f"a plan for {plan.target or 'nothing'} leaves no norm to calibrate in this model"
+        raise UsageError(Problem("plan", what, "calibrate what a gn target made"))
+    problems = []
+    for step in plan.converted:
+        try:
+            kind = type(reference.get_submodule(step.site)).__name__
+        except AttributeError:
+            kind = "nothing"
+        if kind != step.norm:
+            what = f"the plan says {step.norm}, the reference has {kind} there"
+            problems.append(Problem(step.site, what, "give the model that the plan was made for"))
+    if problems:
+        raise UsageError(problems[:5])
+
+
+def _measured(original: nn.Module, candidate: nn.Module, plan: Plan, data: Batches) -> Drift:
+    try:
+        return measure_drift(original, candidate, plan.steps, data)
+    except Exception as reason:  # the forward is the user's, and so is the data
+        what = f"the model does not run on it ({type(reason).__name__}: {reason})"
+        raise UsageError(Problem("data", what, "give batches of the model's own inputs")) from None
+
+
+def _matched_(
+    model: nn.Module,
+    reference: nn.Module,
+    steps: Sequence[Step],
+    data: Batches,
+    refit: bool,
+    progress: Progress | None,
+) -> _Found:
+    """Calibrate the model's layers and norms in place."""
+    step_of = {step.site: step for step in steps}
+    args, kwargs = next(iter(data))
+    groups = independent_groups(reference, list(step_of), args, kwargs)
+    found = _Found()
+    for done, sites in enumerate(groups):
+        here = [step_of[site] for site in sites]
+        for site, layer in _refits(model, reference, here, data, refit).items():
+            found.lost[site], poor = refit_(layer)
+            found.notes += [f"{site}: {poor}"] * bool(poor)
+        for site, match in _gathered(model, reference, here, data).items():
+            if match.wanted is not None:
+                found.groups[site], _ = match_(match)
+        if progress is not None:
+            progress(done + 1, len(groups))
+    return found
+
+
+def _refits(
+    model: nn.Module, reference: nn.Module, steps: Sequence[Step], data: Batches, refit: bool
+) -> dict[str, Refit]:
+    """Run both models as far as these sites, and gather what their layers see and should put out."""
+    found: dict[str, Refit] = {}
+    layers: dict[str, str] = {}
+    count = sum(1 for _ in data)
+    for step in steps:
+        layer = model.get_submodule(step.producers[0]) if len(step.producers) == 1 else None
+        state = norm_state(reference.get_submodule(step.site))
+        if layer is None or step.spans or not can_refit(layer) or isinstance(state, str):
+            continue
+        if refit or isinstance(layer, WeightStandardized):
+            found[step.site] = Refit(layer, state, count, refit)
+            layers[step.producers[0]] = step.site
+    if not found:
+        return {}
+    before: dict[str, list[Tensor]] = {}
+    calls: dict[str, int] = dict.fromkeys(found, 0)
+    for args, kwargs in data:
+        if refit:
+            same = {site: site for site in found}
+            before, calls = _inputs_at(reference, same, args, kwargs, calls)
+        inputs, calls = _inputs_at(model, layers, args, kwargs, calls)
+        for site, each in found.items():
+            for place, x in enumerate(inputs[site]):
+                each.add(x, before[site][place] if refit else None)
+    return found
+
+
+def _gathered(
+    model: nn.Module, reference: nn.Module, steps: Sequence[Step], data: Batches
+) -> dict[str, Match]:
+    """Run both models as far as these sites, over all the data."""
+    matches: dict[str, Match] = {}
+    for step in steps:
+        norm = model.get_submodule(normalizer_name(model, step.site))
+        state = norm_state(reference.get_submodule(step.site))
+        if isinstance(norm, nn.GroupNorm) and isinstance(state, NormState):
+            tried = candidates(norm, bool(step.options.get("search")))
+            matches[step.site] = Match(norm, state, tried)
+    calls: dict[str, int] = dict.fromkeys(matches, 0)
+    for args, kwargs in data:
+        before, calls = _inputs_at(reference, {site: site for site in matches}, args, kwargs, calls)
+        places = {normalizer_name(model, site): site for site in matches}
+        after, _ = _inputs_at(model, places, args, kwargs, calls)
+        for site, match in matches.items():
+            for one, other in zip(before[site], after[site], strict=True):
+                match.add(one, other)
+    return matches
+
+
+def _inputs_at(
+    model: nn.Module,
+    places: Mapping[str, str],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    calls: Mapping[str, int],
+) -> tuple[dict[str, list[Tensor]], dict[str, int]]:
+    """The inputs of modules in one pass, by site, and how often each was called."""
+    found: dict[str, list[Tensor]] = {site: [] for site in places.values()}
+
+    def seen(name: str, value: Tensor) -> None:
+        # The layer after may work in place on what is kept here.
+        found[places[name]].append(value.clone())
+
+    counted = run_until(model, args, kwargs, {n: calls[s] for n, s in places.items()}, seen)
+    return found, {site: counted[name] for name, site in places.items()}
+
+
+def _with_groups(step: Step, groups: Mapping[str, int]) -> Step:
+    if step.site not in groups:
+        return step
+    options = {k: v for k, v in step.options.items() if k != "search"}
+    options["groups"] = groups[step.site]
+    return replace(step, options=options, fidelity="calibrated")
+
+
+def _summary(before: Drift, after: Drift) -> dict[str, str]:
+    """What a reader looks for first."""
+    lines = {"outputs differ by": f"{before.output:.3g} before, {after.output:.3g} after"}
+    if before.agreement is not None and after.agreement is not None:
+        then, now = before.agreement.document(), after.agreement.document()
+        low, high = now["interval"]
+        lines["same top-1"] = (
+            f"{then['agreement']:.4f} before, {now['agreement']:.4f} after (95 % interval {low:.4f} to "
+            f"{high:.4f}, {now['samples']} samples)"
+        )
+    return lines
+
+
+def _report(
+    plan: Plan,
+    before: Drift,
+    after: Drift,
+    used: Mapping[str, Any],
+    held_out: bool,
+    min_agreement: float | None,
+) -> Report:
+    facts = {
+        "data": used,
+        "measured on": "held-out data" if held_out else "the calibration data itself",
+        **_summary(before, after),
+        "before": before.document(),
+        "after": after.document(),
+    }
+    checks = [Check("outputs are finite", after.output == after.output)]
+    if min_agreement is not None and after.agreement is not None:
+        share = after.agreement.same / after.agreement.samples
+        detail = f"{share:.4f}, at least {min_agreement:g} was asked for"
+        way_out = "calibrate on more images, or recover"
+        checks.append(Check("agreement", share >= min_agreement, detail=detail, way_out=way_out))
+    return plan.report("calibrate").extended(checks=tuple(checks), facts=facts)

@@ -1,0 +1,179 @@
+"""`normconv calibrate`, and the options that say which data a command may use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from normconv.cli.common import (
+    MODEL,
+    Opened,
+    Out,
+    SourceOptions,
+    check_outputs,
+    command,
+    emit,
+    out_path,
+    report_path,
+    reporting,
+    save_or_reject,
+    stage,
+)
+from normconv.errors import Problem, UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from normconv.plan import Plan
+
+__all__ = ["DataOptions", "calibrate", "progress_of"]
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How images and arrays become batches.
+
+    Args:
+        batch: samples a batch.
+        limit: at most so many samples.
+        mean: of each channel; empty for the model's own.
+        std: of each channel.
+        size: of the square that images are cropped to.
+        held_out: other data, to measure on.
+        min_agreement: the least share of samples with the original's top-1.
+    """
+
+    batch: Annotated[int, typer.Option("--batch-size", min=1, help="Samples a batch.")] = 64
+    limit: Annotated[
+        int, typer.Option("--limit", min=1, help="At most so many samples of the data.")
+    ] = 256
+    mean: Annotated[
+        str, typer.Option("--mean", help="Of images, e.g. 0.485,0.456,0.406; else the model's.")
+    ] = ""
+    std: Annotated[str, typer.Option("--std", help="Of images, e.g. 0.229,0.224,0.225.")] = ""
+    size: Annotated[
+        int | None, typer.Option("--size", min=1, help="Scale and crop images to this square.")
+    ] = None
+    held_out: Annotated[
+        str | None,
+        typer.Option("--held-out", metavar="DATA", help="Other data to measure agreement on."),
+    ] = None
+    min_agreement: Annotated[
+        float | None,
+        typer.Option(
+            "--min-agreement", min=0, max=1, help="Exit 1 below this share of same top-1."
+        ),
+    ] = None
+
+    def open(self, spec: str | None, model: nn.Module) -> Any:
+        """Open data for a model; None for none."""
+        if spec is None:
+            return None
+        from normconv.sources import Transform, open_data
+
+        transform = Transform.of(
+            model, _numbers("--mean", self.mean), _numbers("--std", self.std), self.size
+        )
+        return open_data(spec, transform=transform, batch=self.batch, limit=self.limit)
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",")] if text else []
+    except ValueError:
+        raise UsageError(
+            Problem(option, f"{text!r} is no list of numbers", "0.5,0.5,0.5")
+        ) from None
+
+
+@contextmanager
+def progress_of(text: str, *, as_json: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """Show a bar on a terminal, a line at each tenth elsewhere; on standard error."""
+    console = Console(stderr=True)
+    if as_json:
+        yield None
+    elif console.is_terminal:
+        with Progress(console=console) as bar:
+            task = bar.add_task(text)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+    else:
+
+        def line(done: int, total: int) -> None:
+            if done * 10 // total != (done - 1) * 10 // total:
+                console.print(f"{text}: {done} of {total}", highlight=False)
+
+        yield line
+
+
+@command
+def calibrate(
+    source: SourceOptions,
+    data_options: DataOptions,
+    reference: Annotated[
+        str,
+        typer.Option(
+            "--reference", help="The original model: a file or a spec.", show_default=False
+        ),
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            help="Unlabelled inputs: images (folder, .zip), .npz, .pt, .safetensors, pkg.mod:factory.",
+            show_default=False,
+        ),
+    ],
+    out: Out = None,
+) -> None:
+    """Match the moments of a converted model's norms to the original's, on unlabelled data.
+
+    Writes MODEL.calibrated.pt and .json, or what -o says.
+    """
+    path = out_path(source.source, ".calibrated.pt", out)
+    check_outputs(
+        source.source, ("--out", path, MODEL), ("the report", report_path(path), (".json",))
+    )
+    opened = source.open()
+    with stage(f"load {reference}", as_json=source.as_json):
+        from normconv.sources import open_source
+
+        original = open_source(
+            reference, **source.checkpoint, trust=tuple(source.trust or ())
+        ).model
+    batches = data_options.open(data, original)
+    with (
+        reporting(path, opened.describe),
+        progress_of("calibrate", as_json=source.as_json) as progress,
+    ):
+        from normconv.calibration import calibrate as calibrate_model
+
+        model, report = calibrate_model(
+            opened.model,
+            _plan_of(opened),
+            batches,
+            reference=original,
+            held_out=data_options.open(data_options.held_out, original),
+            min_agreement=data_options.min_agreement,
+            progress=progress,
+        )
+    report = opened.describe(report)
+    save_or_reject(model, report, path)
+    files = {"model": str(path), "report": str(report_path(path))}
+    emit(report.extended(facts={"written": files}), as_json=source.as_json)
+
+
+def _plan_of(opened: Opened) -> Plan:
+    """The plan that made the model, from its own history."""
+    from normconv.plan import Plan, history_of
+
+    made = [entry["apply"] for entry in history_of(opened.model) if "apply" in entry]
+    if not made:
+        what = "nothing says how it was converted"
+        raise UsageError(Problem(opened.source, what, "give what `normconv convert --to gn` wrote"))
+    return Plan.from_dict(made[-1])

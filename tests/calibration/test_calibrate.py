@@ -1,0 +1,373 @@
+"""Calibration: moments match, nothing else changes, and bad data is told as that."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import normconv as nc
+from normconv.calibration import Batches, measure_drift, wilson_interval
+from normconv.calibration.matching import Match, candidates, match_
+from normconv.calibration.order import independent_groups
+from normconv.calibration.passes import run_until
+from normconv.errors import CheckFailed, UsageError
+from normconv.folding import rebuild
+from normconv.graph import norm_state
+from normconv.layers import WeightStandardized
+from normconv.numerics import Moments, moments_of, relative_l2
+from normconv.plan import Plan, history_of
+from tests.test_contract import assert_same_state, assert_unchanged, snapshot
+
+
+class Net(nn.Module):
+    """Two branches that join, a norm that is called twice, a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn0 = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.left, self.bn1 = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.right, self.bn2 = nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16)
+        self.twice, self.bn3 = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn0(self.stem(x)).relu_()
+        y = (self.bn1(self.left(y)) + self.bn2(self.right(y))).relu_()
+        for _ in range(2):
+            y = self.bn3(self.twice(y)).relu_()
+        return self.head(y.mean((2, 3)))
+
+
+def labelled(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Five kinds of pattern whose contrast and brightness differ, as those of real images do."""
+    rng = torch.Generator().manual_seed(seed)
+    kinds = torch.randn(5, 3, 12, 12, generator=torch.Generator().manual_seed(77))
+    labels = torch.randint(5, (count,), generator=rng)
+    contrast = 0.5 + torch.rand(count, 1, 1, 1, generator=rng)
+    noise = torch.randn(count, 3, 12, 12, generator=rng)
+    brightness = torch.randn(count, 1, 1, 1, generator=rng) * 0.3
+    return (kinds[labels] * 0.5 + noise) * contrast + brightness, labels
+
+
+def images(count: int, seed: int = 0) -> Tensor:
+    return labelled(count, seed)[0]
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    """Trained for some hundred steps: what is matched then means something."""
+    torch.manual_seed(0)
+    net = Net()
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    for seed in range(150):
+        x, labels = labelled(64, seed)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), labels).backward()
+        optimizer.step()
+    return net.eval()
+
+
+DATA = [images(64, 100 + i) for i in range(4)]
+HELD_OUT = [images(64, 200 + i) for i in range(4)]
+
+
+def converted(net: nn.Module, **options: Any) -> tuple[Plan, nn.Module]:
+    plan = nc.make_plan(net, "gn", example_inputs=(DATA[0][:2],), options=options)
+    return plan, nc.apply_plan(net, plan).model
+
+
+def calibrated(net: nn.Module, **options: Any) -> Any:
+    plan, model = converted(net, **options)
+    return nc.calibrate(model, plan, DATA, reference=net, held_out=HELD_OUT)
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": 4}, {"channels_per_group": 8}, {"eps": 1e-5}])
+def test_it_comes_nearer_to_the_original(net: nn.Module, options: dict[str, Any]) -> None:
+    facts = calibrated(net, **options).report.facts
+    assert facts["after"]["agreement"] > facts["before"]["agreement"]
+    assert facts["measured on"] == "held-out data"
+    last = facts["after"]["sites"]["bn3"], facts["before"]["sites"]["bn3"]
+    assert last[0]["snr_db"] > last[1]["snr_db"] + 1
+    assert last[0]["cosine"] > last[1]["cosine"]
+    low, high = facts["after"]["interval"]
+    assert low < facts["after"]["agreement"] < high
+
+
+def test_moments_of_every_channel_match(net: nn.Module) -> None:
+    """As far as the shrinkage lets them."""
+    model = calibrated(net, groups=2).model
+    outputs: dict[str, list[Moments]] = {}
+    for which, subject in (("was", net), ("is", model)):
+        seen: list[Tensor] = []
+        handle = subject.bn0.register_forward_hook(
+            lambda m, a, o, seen=seen: seen.append(o.clone())
+        )
+        with torch.no_grad():
+            subject(torch.cat(DATA))
+        handle.remove()
+        outputs[which] = [moments_of(x) for x in seen]
+    was, now = outputs["was"][0], outputs["is"][0]
+    plain = converted(net, groups=2)[1]
+    raw = moments_of(plain.bn0(plain.stem(torch.cat(DATA))))
+    keep = 16 / (16 + 256)
+    assert torch.allclose((now.std / was.std).log(), keep * (raw.std / was.std).log(), atol=1e-4)
+    assert ((now.mean - was.mean).abs() <= 0.2 * (raw.mean - was.mean).abs() + 0.05).all()
+
+
+def test_nothing_given_is_changed_and_it_repeats_itself(net: nn.Module) -> None:
+    plan, model = converted(net)
+    before = snapshot(model), snapshot(net)
+    first = nc.calibrate(model, plan, DATA, reference=net, refit=False)
+    second = nc.calibrate(model, plan, DATA, reference=net, refit=False)
+    assert_unchanged(before[0], model)
+    assert_unchanged(before[1], net)
+    assert_same_state(first.model, second.model)
+    assert first.report.facts["measured on"] == "the calibration data itself"
+    changed = [
+        name
+        for (name, a), b in zip(
+            model.state_dict().items(), first.model.state_dict().values(), strict=True
+        )
+        if not torch.equal(a, b)
+    ]
+    assert changed == [f"bn{i}.{which}" for i in range(4) for which in ("weight", "bias")]
+
+
+def test_how_batches_are_cut_does_not_matter(net: nn.Module) -> None:
+    plan, model = converted(net, groups=4)
+    one = [torch.cat(DATA)]
+    whole = nc.calibrate(model, plan, one, reference=net, refit=False).model
+    parts = nc.calibrate(model, plan, DATA, reference=net, refit=False).model
+    for (name, a), b in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
+        assert relative_l2(a, b) <= 1e-5, name
+
+
+def test_labels_are_left_and_loaders_factories_and_dicts_are_taken(net: nn.Module) -> None:
+    plan, model = converted(net)
+    wanted = nc.calibrate(model, plan, DATA, reference=net).model
+    labelled = TensorDataset(torch.cat(DATA), torch.zeros(256, dtype=torch.long))
+    sources: list[Any] = [
+        DataLoader(labelled, batch_size=64),
+        lambda: iter(DATA),
+        [{"x": batch} for batch in DATA],
+        [(batch, "label") for batch in DATA],
+    ]
+    for source in sources:
+        assert_same_state(nc.calibrate(model, plan, source, reference=net).model, wanted)
+
+
+def test_report_and_history_say_what_was_used(net: nn.Module, tmp_path: Any) -> None:
+    plan, model = converted(net)
+    result = nc.calibrate(model, plan, DATA, reference=net)
+    used = result.report.facts["data"]
+    assert used["samples"] == 256
+    assert used["batches"] == 4
+    assert used["purpose"] == "calibrate"
+    assert len(used["sha256"]) == 64
+    other = nc.calibrate(model, plan, HELD_OUT, reference=net).report.facts["data"]
+    assert other["sha256"] != used["sha256"]
+    assert history_of(result.model)[-1]["calibrate"]["data"]["samples"] == 256
+    json.dumps(result.report.to_dict())
+    again = nc.apply_plan(Net(), Plan.from_dict(result.report.plan)).model
+    again.load_state_dict(result.model.state_dict(), strict=True)
+    assert relative_l2(again.eval()(DATA[0]), result.model.eval()(DATA[0])) == 0
+    nc.save(result.model, tmp_path / "m.safetensors")
+    loaded = nc.load(tmp_path / "m.safetensors", model=Net)
+    assert relative_l2(loaded.eval()(DATA[0]), result.model.eval()(DATA[0])) == 0
+
+
+def test_searched_groups_come_back_with_the_history(net: nn.Module) -> None:
+    plan, model = converted(net)
+    with torch.no_grad():
+        for norm in (m for m in model.modules() if isinstance(m, nn.GroupNorm)):
+            norm.num_groups = 1
+    result = nc.calibrate(model, plan, DATA, reference=net)
+    entry = history_of(result.model)[-1]["calibrate"]["groups"]
+    assert entry.keys() == {"bn0", "bn1", "bn2", "bn3"}
+    history = history_of(result.model)
+    history[-1]["calibrate"]["groups"] = {"bn0": 4}
+    built = rebuild(Net(), history)
+    assert [built.bn0.num_groups, built.bn1.num_groups] == [4, 1]
+    assert all("search" not in step["options"] for step in result.report.plan["steps"])
+
+
+def test_refitting_brings_it_nearer_still(net: nn.Module) -> None:
+    plan, model = converted(net, groups=4)
+    told = {
+        refit: nc.calibrate(model, plan, DATA, reference=net, held_out=HELD_OUT, refit=refit)
+        for refit in (False, True)
+    }
+    after = {refit: result.report.facts["after"] for refit, result in told.items()}
+    assert after[True]["output"] < after[False]["output"]
+    again = nc.calibrate(model, plan, DATA, reference=net)
+    assert_same_state(again.model, told[True].model)
+
+
+def test_standardized_weights_lose_their_mean_and_little_else(net: nn.Module) -> None:
+    plan = nc.make_plan(net, "gn+ws", example_inputs=(DATA[0][:2],), options={"groups": 1})
+    assert [step.action for step in plan.steps] == ["fold", *["standardize"] * 3]
+    model = nc.apply_plan(net, plan).model
+    result = nc.calibrate(model, plan, DATA, reference=net, held_out=HELD_OUT, refit=False)
+    facts = result.report.facts
+    assert facts["after"]["agreement"] > facts["before"]["agreement"] + 0.1
+    lost = facts["variance lost to standardization"]
+    assert all(0 <= share < 0.3 for share in lost.values())
+    for layer in (result.model.left, result.model.right, result.model.twice):
+        assert isinstance(layer, WeightStandardized)
+        assert layer.weight.flatten(1).mean(1).abs().max() < 1e-6
+        assert relative_l2(layer.weight, layer.weight_v) < 1e-5  # v is what it computes
+    plain = nc.fold(result.model).model
+    assert type(plain.left) is nn.Conv2d
+    assert relative_l2(plain(DATA[0]), result.model(DATA[0])) < 1e-5
+
+
+def test_few_patches_are_told(net: nn.Module) -> None:
+    plan, model = converted(net)
+    few = [DATA[0][:2, :, :3, :3]]
+    notes = nc.calibrate(model, plan, few, reference=net).report.notes
+    assert any("patches for filters of" in note for note in notes)
+
+
+def test_agreement_can_be_asked_for(net: nn.Module) -> None:
+    plan, model = converted(net, eps=1e-5, channels_per_group=1)
+    nc.calibrate(model, plan, DATA, reference=net, min_agreement=0.1)
+    with pytest.raises(CheckFailed, match="agreement") as caught:
+        nc.calibrate(model, plan, DATA, reference=net, min_agreement=1.01)
+    assert caught.value.report.facts["after"]["samples"] == 256
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def nan_image() -> Tensor:
+    bad = DATA[0].clone()
+    bad[3, 1] = float("nan")
+    return bad
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ([], "empty"),
+        ([DATA[0][:0]], "empty"),
+        ([DATA[0], nan_image()], "batch 1: it holds NaN"),
+        ([torch.ones(8, 3, 12, 12)], "constant"),
+        ([torch.zeros(8, 5, 12, 12) + torch.arange(12)], "does not run"),
+        (iter(DATA), "only once"),
+        ((batch for batch in DATA), "only once"),
+        (DATA[0], "give a list"),
+        ("images.zip", "give a list"),
+        (3, "no iterable"),
+    ],
+    ids=(
+        "empty",
+        "none",
+        "nan",
+        "constant",
+        "shape",
+        "iterator",
+        "generator",
+        "tensor",
+        "text",
+        "3",
+    ),
+)
+def test_bad_data_is_refused(net: nn.Module, data: Any, said: str) -> None:
+    plan, model = converted(net)
+    before = snapshot(model)
+    with pytest.raises(UsageError, match=said) as caught:
+        nc.calibrate(model, plan, data, reference=net)
+    assert all(problem.way_out for problem in caught.value.problems)
+    assert_unchanged(before, model)
+
+
+def test_models_that_do_not_belong_together_are_refused(net: nn.Module) -> None:
+    plan, model = converted(net)
+    with pytest.raises(
+        UsageError, match=r"bn0: the plan says BatchNorm2d, the reference has Group"
+    ):
+        nc.calibrate(model, plan, DATA, reference=model)
+    with pytest.raises(UsageError, match="no norm to calibrate"):
+        nc.calibrate(net, plan, DATA, reference=net)
+    wn = nc.make_plan(net, "wn", example_inputs=(DATA[0][:2],))
+    with pytest.raises(UsageError, match="no norm to calibrate"):
+        nc.calibrate(nc.apply_plan(net, wn).model, wn, DATA, reference=net)
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def test_partial_passes_stop_early_and_leave_no_hook(net: nn.Module) -> None:
+    reached: list[str] = []
+    handle = net.head.register_forward_hook(lambda *_: reached.append("head"))
+    seen: list[str] = []
+    run_until(net, (DATA[0],), {}, {"bn1": 1}, lambda name, _: seen.append(name))
+    assert (seen, reached) == (["bn1"], [])
+    counted = run_until(net, (DATA[0],), {}, {"bn3": 0}, lambda name, _: seen.append(name))
+    assert counted == {"bn3": 2}
+    assert reached == ["head"]
+    handle.remove()
+    assert not any(m._forward_pre_hooks for m in net.modules())
+
+
+def test_sites_of_two_branches_go_together(net: nn.Module) -> None:
+    groups = independent_groups(net, ["bn0", "bn1", "bn2", "bn3"], (DATA[0],), {})
+    assert groups == [["bn0"], ["bn1", "bn2"], ["bn3"]]
+
+
+def test_groups_are_chosen_by_error() -> None:
+    """Activations whose halves have contrasts of their own: two groups are right."""
+    torch.manual_seed(0)
+    norm, old = nn.GroupNorm(1, 8, eps=1e-5), nn.BatchNorm2d(8).eval()
+    clean = torch.randn(256, 8, 6, 6)
+    loud = torch.cat([0.2 + 3 * torch.rand(256, 1, 1, 1), 0.2 + 3 * torch.rand(256, 1, 1, 1)], 1)
+    state = norm_state(old)
+    assert not isinstance(state, str)
+    match = Match(norm, state, (1, 2))
+    match.add(clean, clean * loud.repeat_interleave(4, 1))
+    assert match.error(2) < 0.1 * match.error(1)
+    chosen, error = match_(match)
+    assert chosen == norm.num_groups == 2
+    assert error == match.error(2)
+    assert candidates(norm, search=False) == (2,)
+
+
+def test_dead_channels_stay_as_they_are() -> None:
+    norm, old = nn.GroupNorm(1, 4), nn.BatchNorm2d(4).eval()
+    values = torch.randn(64, 4, 3, 3)
+    values[:, 2] = 0
+    state = norm_state(old)
+    assert not isinstance(state, str)
+    match = Match(norm, state, (1,))
+    match.add(values, values)
+    match_(match)
+    assert norm.weight.isfinite().all()
+    assert norm.weight[2] == 1
+
+
+def test_moments_add_up() -> None:
+    x = torch.randn(40, 3, 5) * 7 + 1000
+    parts = moments_of(x[:7]) + moments_of(x[7:8]) + moments_of(x[8:])
+    whole = x.double().transpose(0, 1).flatten(1)
+    assert torch.allclose(parts.mean, whole.mean(1), rtol=1e-12)
+    assert torch.allclose(parts.std, whole.std(1, correction=0), rtol=1e-10)
+
+
+def test_drift_of_a_model_to_itself_is_nothing(net: nn.Module) -> None:
+    plan = nc.make_plan(net, "gn", example_inputs=(DATA[0][:2],))
+    drift = measure_drift(net, net, plan.steps, Batches.of(DATA, net))
+    assert drift.output < 1e-7
+    assert drift.agreement is not None
+    assert drift.agreement.same == 256
+    assert all(site.snr_db > 100 and site.cosine > 1 - 1e-9 for site in drift.sites.values())
+
+
+def test_wilson_interval_holds_the_share_at_the_ends() -> None:
+    assert wilson_interval(0, 10)[0] == pytest.approx(0, abs=1e-12)
+    assert wilson_interval(10, 10)[1] == pytest.approx(1)
+    assert wilson_interval(0, 0) == (0.0, 1.0)

@@ -1,0 +1,84 @@
+"""`normconv calibrate` and `convert --calib`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import normconv as nc
+from normconv.cli.app import app
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    net.append(nn.Linear(16, 4))
+    images = torch.randn(64, 3, 8, 8) * torch.randn(64, 1, 1, 1).exp()
+    for _ in range(20):
+        net(images)
+    torch.save(net.eval(), tmp_path / "net.pt")
+    torch.save(images, tmp_path / "images.pt")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*words: str) -> Any:
+    return CliRunner().invoke(app, [*words])
+
+
+def test_convert_and_calibrate_in_one_and_in_two(files: Path) -> None:
+    one = run(
+        "convert", "net.pt", "--to", "gn", "--input", "2x3x8x8", "--calib", "images.pt", "--json"
+    )
+    assert one.exit_code == 0, one.output
+    report = json.loads(one.stdout)
+    assert report["facts"]["data"]["samples"] == 64
+    assert "before" in report["facts"]["same top-1"]
+    assert "with the trained statistics: output" in {c["name"] for c in report["checks"]}
+    assert (
+        run("convert", "net.pt", "--to", "gn", "--input", "2x3x8x8", "-o", "plain.pt").exit_code
+        == 0
+    )
+    two = run(
+        "calibrate",
+        "plain.pt",
+        "--reference",
+        "net.pt",
+        "--data",
+        "images.pt",
+        "--input",
+        "2x3x8x8",
+    )
+    assert two.exit_code == 0, two.output
+    a, b = nc.load("net.gn.pt"), nc.load("plain.calibrated.pt")
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
+
+
+def test_agreement_below_the_floor_exits_1(files: Path) -> None:
+    words = ["convert", "net.pt", "--to", "gn", "--option", "eps=1e-5", "--option", "groups=16"]
+    words += ["--input", "2x3x8x8", "--calib", "images.pt", "--min-agreement", "1"]
+    result = run(*words)
+    assert result.exit_code == 1, result.output
+    assert not (files / "net.gn.pt").exists()
+    assert (files / "net.gn.pt.rejected").exists()
+
+
+def test_bad_data_exits_2_and_writes_nothing(files: Path) -> None:
+    torch.save(torch.full((4, 3, 8, 8), float("nan")), files / "nan.pt")
+    for data in ("nan.pt", "missing.zip"):
+        result = run("convert", "net.pt", "--to", "gn", "--input", "2x3x8x8", "--calib", data)
+        assert result.exit_code == 2, result.output
+    assert run("calibrate", "net.pt", "--reference", "net.pt", "--data", "images.pt").exit_code == 2
+    assert not list(files.glob("net.gn*"))
