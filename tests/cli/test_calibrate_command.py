@@ -18,10 +18,8 @@ from normconv.cli.app import app
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    )
-    net.append(nn.Linear(16, 4))
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten())
+    net.append(nn.Linear(16 * 36, 4))
     images = torch.randn(64, 3, 8, 8) * torch.randn(64, 1, 1, 1).exp()
     for _ in range(20):
         net(images)
