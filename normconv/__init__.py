@@ -26,6 +26,7 @@ _PUBLIC = {
     "fold": "normconv.folding",
     "load": "normconv.sources",
     "make_plan": "normconv.surgery",
+    "recover": "normconv.calibration",
     "save": "normconv.sources",
     "verify": "normconv.deploy",
     "Check": "normconv.report",
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from normconv.api import convert_ as convert_
     from normconv.auditing import audit as audit
     from normconv.calibration import calibrate as calibrate
+    from normconv.calibration import recover as recover
     from normconv.deploy import export_onnx as export_onnx
     from normconv.deploy import verify as verify
     from normconv.errors import CaptureError as CaptureError

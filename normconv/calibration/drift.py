@@ -13,7 +13,7 @@ from normconv.calibration.batches import Batches
 from normconv.plan import Step
 from normconv.proof import evaluate, record_outputs
 
-__all__ = ["Agreement", "Drift", "SiteDrift", "measure_drift", "wilson_interval"]
+__all__ = ["Agreement", "Drift", "SiteDrift", "measure_drift", "summary", "wilson_interval"]
 
 _Z = 1.959963984540054  # of a two-sided 95 % interval
 
@@ -130,6 +130,19 @@ def measure_drift(
     off = math.sqrt(output.difference / output.original) if output.original else 0.0
     agreement = Agreement(same, samples) if samples else None
     return Drift({name: sums.site() for name, sums in sites.items()}, off, agreement)
+
+
+def summary(before: Drift, after: Drift) -> dict[str, str]:
+    """Return what a reader of a report looks for first."""
+    lines = {"outputs differ by": f"{before.output:.3g} before, {after.output:.3g} after"}
+    if before.agreement is not None and after.agreement is not None:
+        then, now = before.agreement.document(), after.agreement.document()
+        low, high = now["interval"]
+        lines["same top-1"] = (
+            f"{then['agreement']:.4f} before, {now['agreement']:.4f} after (95 % interval {low:.4f} to "
+            f"{high:.4f}, {now['samples']} samples)"
+        )
+    return lines
 
 
 def wilson_interval(hits: int, trials: int) -> tuple[float, float]:

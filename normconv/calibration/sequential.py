@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from normconv.calibration.batches import Batches, Source
-from normconv.calibration.drift import Drift, measure_drift
+from normconv.calibration.drift import Drift, measure_drift, summary
 from normconv.calibration.matching import Match, candidates, match_
 from normconv.calibration.order import independent_groups
 from normconv.calibration.passes import run_until
@@ -243,19 +243,6 @@ def _with_groups(step: Step, groups: Mapping[str, int]) -> Step:
     return replace(step, options=options, fidelity="calibrated")
 
 
-def _summary(before: Drift, after: Drift) -> dict[str, str]:
-    """What a reader looks for first."""
-    lines = {"outputs differ by": f"{before.output:.3g} before, {after.output:.3g} after"}
-    if before.agreement is not None and after.agreement is not None:
-        then, now = before.agreement.document(), after.agreement.document()
-        low, high = now["interval"]
-        lines["same top-1"] = (
-            f"{then['agreement']:.4f} before, {now['agreement']:.4f} after (95 % interval {low:.4f} to "
-            f"{high:.4f}, {now['samples']} samples)"
-        )
-    return lines
-
-
 def _report(
     plan: Plan,
     before: Drift,
@@ -267,7 +254,7 @@ def _report(
     facts = {
         "data": used,
         "measured on": "held-out data" if held_out else "the calibration data itself",
-        **_summary(before, after),
+        **summary(before, after),
         "before": before.document(),
         "after": after.document(),
     }

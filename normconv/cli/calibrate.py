@@ -1,10 +1,11 @@
-"""`normconv calibrate`, and the options that say which data a command may use."""
+"""`normconv calibrate`, `normconv recover`, and the options that say which data a command may use."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from normconv.plan import Plan
 
-__all__ = ["DataOptions", "calibrate", "progress_of"]
+__all__ = ["DataOptions", "calibrate", "progress_of", "recover"]
 
 
 @dataclass(frozen=True)
@@ -111,31 +112,90 @@ def progress_of(text: str, *, as_json: bool) -> Iterator[Callable[[int, int], No
         yield line
 
 
+Reference = Annotated[
+    str,
+    typer.Option("--reference", help="The original model: a file or a spec.", show_default=False),
+]
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="Unlabelled inputs: images (folder, .zip), .npz, .pt, .safetensors, pkg.mod:factory.",
+        show_default=False,
+    ),
+]
+
+
 @command
 def calibrate(
     source: SourceOptions,
     data_options: DataOptions,
-    reference: Annotated[
-        str,
-        typer.Option(
-            "--reference", help="The original model: a file or a spec.", show_default=False
-        ),
-    ],
-    data: Annotated[
-        str,
-        typer.Option(
-            "--data",
-            help="Unlabelled inputs: images (folder, .zip), .npz, .pt, .safetensors, pkg.mod:factory.",
-            show_default=False,
-        ),
-    ],
+    reference: Reference,
+    data: Data,
     out: Out = None,
 ) -> None:
-    """Match the moments of a converted model's norms to the original's, on unlabelled data.
+    """Match a converted model's layers and norms to the original's, on unlabelled data.
 
     Writes MODEL.calibrated.pt and .json, or what -o says.
     """
-    path = out_path(source.source, ".calibrated.pt", out)
+    with _pair(source, data_options, reference, data, ".calibrated.pt", out) as pair:
+        from normconv.calibration import calibrate as calibrate_model
+
+        plan = _plan_of(pair.opened)
+        pair.result = calibrate_model(pair.opened.model, plan, pair.data, **pair.common)
+
+
+@command
+def recover(
+    source: SourceOptions,
+    data_options: DataOptions,
+    reference: Reference,
+    data: Data,
+    out: Out = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Batches to learn from.")] = 400,
+    lr: Annotated[float, typer.Option("--lr", help="The largest learning rate.")] = 1e-3,
+    amp: Annotated[
+        bool, typer.Option("--amp", help="Compute in bfloat16 where that is safe.")
+    ] = False,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", help="Write it at each look, go on from it.")
+    ] = None,
+) -> None:
+    """Teach a converted model to put out what the original does, on unlabelled data.
+
+    Writes MODEL.recovered.pt and .json, or what -o says. Give it thousands of images: --limit 20000.
+    """
+    with _pair(source, data_options, reference, data, ".recovered.pt", out) as pair:
+        from normconv.calibration import Lesson
+        from normconv.calibration import recover as recover_model
+
+        pair.common["teacher"] = pair.common.pop("reference")
+        lesson = Lesson(steps=steps, lr=lr, amp=amp)
+        student, keywords = pair.opened.model, {**pair.common, "lesson": lesson}
+        pair.result = recover_model(student, data=pair.data, checkpoint=checkpoint, **keywords)
+
+
+@dataclass
+class _Pair:
+    """A converted model, its original and data, and what comes of them."""
+
+    opened: Opened
+    data: Any
+    common: dict[str, Any]
+    result: Any = None
+
+
+@contextmanager
+def _pair(
+    source: SourceOptions,
+    options: DataOptions,
+    reference: str,
+    data: str,
+    suffix: str,
+    out: Path | None,
+) -> Iterator[_Pair]:
+    """Open both models and the data, show a bar, and write what the block made."""
+    path = out_path(source.source, suffix, out)
     check_outputs(
         source.source, ("--out", path, MODEL), ("the report", report_path(path), (".json",))
     )
@@ -143,25 +203,19 @@ def calibrate(
     with stage(f"load {reference}", as_json=source.as_json):
         from normconv.sources import open_source
 
-        original = open_source(
-            reference, **source.checkpoint, trust=tuple(source.trust or ())
-        ).model
-    batches = data_options.open(data, original)
-    with (
-        reporting(path, opened.describe),
-        progress_of("calibrate", as_json=source.as_json) as progress,
-    ):
-        from normconv.calibration import calibrate as calibrate_model
-
-        model, report = calibrate_model(
-            opened.model,
-            _plan_of(opened),
-            batches,
-            reference=original,
-            held_out=data_options.open(data_options.held_out, original),
-            min_agreement=data_options.min_agreement,
-            progress=progress,
-        )
+        trust = tuple(source.trust or ())
+        original = open_source(reference, **source.checkpoint, trust=trust).model
+    common = {
+        "reference": original,
+        "held_out": options.open(options.held_out, original),
+        "min_agreement": options.min_agreement,
+    }
+    pair = _Pair(opened, options.open(data, original), common)
+    text = suffix.split(".")[1]
+    with reporting(path, opened.describe), progress_of(text, as_json=source.as_json) as progress:
+        common["progress"] = progress
+        yield pair
+    model, report = pair.result
     report = opened.describe(report)
     save_or_reject(model, report, path)
     files = {"model": str(path), "report": str(report_path(path))}

@@ -174,8 +174,10 @@ def rebuild(model: nn.Module, history: list[dict[str, Any]]) -> nn.Module:
     for entry in history:
         if "apply" in entry:
             model = apply_plan(model, Plan.from_dict(entry["apply"])).model
-        elif "calibrate" in entry:
-            for site, groups in entry["calibrate"]["groups"].items():
+        elif (
+            "calibrate" in entry or "recover" in entry
+        ):  # which change values, and numbers of groups
+            for site, groups in entry.get("calibrate", {}).get("groups", {}).items():
                 norm: Any = model.get_submodule(normalizer_name(model, site))
                 norm.num_groups = groups
             record(model, entry)

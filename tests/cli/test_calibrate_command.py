@@ -80,3 +80,20 @@ def test_bad_data_exits_2_and_writes_nothing(files: Path) -> None:
         assert result.exit_code == 2, result.output
     assert run("calibrate", "net.pt", "--reference", "net.pt", "--data", "images.pt").exit_code == 2
     assert not list(files.glob("net.gn*"))
+
+
+def test_recover_writes_what_it_taught(files: Path) -> None:
+    assert run("convert", "net.pt", "--to", "gn", "--input", "2x3x8x8").exit_code == 0
+    words = ["recover", "net.gn.pt", "--reference", "net.pt", "--data", "images.pt"]
+    result = run(
+        *words, "--steps", "20", "--checkpoint", "lesson.pt", "--input", "2x3x8x8", "--json"
+    )
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)["facts"]
+    assert facts["steps"] == 20
+    assert (files / "lesson.pt").exists()
+    taught, before = nc.load("net.gn.recovered.pt"), nc.load("net.gn.pt")
+    assert not torch.equal(taught[0].weight, before[0].weight)
+    refused = run(*words, "--min-agreement", "1", "--lr", "1e30", "--input", "2x3x8x8")
+    assert refused.exit_code == 1, refused.output
+    assert (files / "net.gn.recovered.pt.rejected").exists()
