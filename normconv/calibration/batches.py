@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,25 +29,22 @@ class Batches:
 
     Args:
         source: a DataLoader, a list, or a function that makes an iterator.
-        positional: how many positional inputs the model takes.
-        like: a parameter of the model, whose device and dtype floating inputs get; None leaves them.
+        positional: how many positional inputs the model takes; None for any number.
         names: keyword inputs to take of a dict; all for None.
+        like: a parameter of the model, whose device and dtype floating inputs get; None leaves them.
     """
 
     source: Source
-    positional: int = 1
-    like: Tensor | None = None
+    positional: int | None = 1
     names: frozenset[str] | None = None
+    like: Tensor | None = None
 
     @classmethod
-    def of(
-        cls,
-        source: Source,
-        model: nn.Module,
-        positional: int = 1,
-        names: Iterable[str] | None = None,
-    ) -> Batches:
+    def of(cls, source: Source, model: nn.Module) -> Batches:
         """Take data for a model, and refuse what can be gone through only once.
+
+        How many items of a batch are inputs, and which names, is read off the model's `forward`: its
+        parameters without a default.
 
         Raises:
             UsageError: an iterator, or nothing that can be iterated.
@@ -60,7 +58,7 @@ class Batches:
             what = f"it is a {type(source).__name__}, which can be gone through only once"
             raise UsageError(Problem("data", what, _ONE_SHOT))
         like = next((p for p in model.parameters() if p.is_floating_point()), None)
-        return cls(source, positional, like, None if names is None else frozenset(names))
+        return cls(source, *_inputs_of(model), like)
 
     def __iter__(self) -> Iterator[_Inputs]:
         batches = self.source() if callable(self.source) else self.source
@@ -114,6 +112,14 @@ class Batches:
         return {"batches": batches, "samples": samples, "sha256": digest.hexdigest()}
 
 
-def first_inputs(batches: Batches) -> _Inputs:
-    """Return the inputs of the first batch."""
-    return next(iter(batches))
+def _inputs_of(model: nn.Module) -> tuple[int | None, frozenset[str] | None]:
+    """How many positional inputs the model needs, and the names it takes; None where it takes any."""
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    kinds = {parameter.kind for parameter in parameters}
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [p for p in parameters if p.kind in by_place and p.default is p.empty]
+    number = None if inspect.Parameter.VAR_POSITIONAL in kinds else max(1, len(needed))
+    names = None
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
+        names = frozenset(parameter.name for parameter in parameters)
+    return number, names

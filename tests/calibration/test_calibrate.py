@@ -161,6 +161,35 @@ def test_labels_are_left_and_loaders_factories_and_dicts_are_taken(net: nn.Modul
         assert_same_state(nc.calibrate(model, plan, source, reference=net).model, wanted)
 
 
+class TwoInputs(Net):
+    """With a second input, an optional third, and an exception that it catches."""
+
+    def forward(self, x: Tensor, scale: Tensor, skip: Tensor | None = None) -> Tensor:
+        try:
+            y = super().forward(x * scale)
+        except Exception:
+            y = self.head(x.new_zeros(len(x), 16))
+        return y if skip is None else y + skip
+
+
+def test_as_many_inputs_are_taken_as_the_model_needs(net: nn.Module) -> None:
+    model = TwoInputs().eval()
+    model.load_state_dict(net.state_dict())
+    scales = [torch.ones(64, 1, 1, 1) for _ in DATA]
+    plan = nc.make_plan(model, "gn", example_inputs=(DATA[0][:2], scales[0][:2]))
+    student = nc.apply_plan(model, plan).model
+    labels = torch.zeros(64, 5)
+    sources: list[Any] = [
+        [(x, scale, labels) for x, scale in zip(DATA, scales, strict=True)],
+        [{"x": x, "scale": s, "labels": labels} for x, s in zip(DATA, scales, strict=True)],
+    ]
+    found = [nc.calibrate(student, plan, source, reference=model).model for source in sources]
+    assert_same_state(*found)
+    alone = nc.make_plan(net, "gn", example_inputs=(DATA[0][:2],))
+    wanted = nc.calibrate(nc.apply_plan(net, alone).model, alone, DATA, reference=net).model
+    assert_same_state(found[0], wanted)
+
+
 def test_report_and_history_say_what_was_used(net: nn.Module, tmp_path: Any) -> None:
     plan, model = converted(net)
     result = nc.calibrate(model, plan, DATA, reference=net)
