@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from normconv.calibration.batches import Batches
+from normconv.calibration.ranks import of_all_ranks
 from normconv.plan import Step
 from normconv.proof import evaluate, record_outputs
 
@@ -83,6 +84,13 @@ class _Sums:
         self.candidate += float((o * o).sum())
         self.product += float((t * o).sum())
 
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(
+            self.original + other.original,
+            self.candidate + other.candidate,
+            self.product + other.product,
+        )
+
     @property
     def difference(self) -> float:
         return max(0.0, self.original + self.candidate - 2 * self.product)
@@ -127,6 +135,10 @@ def measure_drift(
         if first in got and expected[first].dim() == 2 and expected[first].shape[1] > 1:
             same += int((expected[first].argmax(1) == got[first].argmax(1)).sum())
             samples += len(expected[first])
+    parts = of_all_ranks((sites, output, same, samples))
+    sites = {name: sum((part[0][name] for part in parts), _Sums()) for name in names}
+    output = sum((part[1] for part in parts), _Sums())
+    same, samples = sum(part[2] for part in parts), sum(part[3] for part in parts)
     off = math.sqrt(output.difference / output.original) if output.original else 0.0
     agreement = Agreement(same, samples) if samples else None
     return Drift({name: sums.site() for name, sums in sites.items()}, off, agreement)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normconv.calibration.ranks import of_all_ranks
 from normconv.graph import NormState
 from normconv.numerics import Moments, apply_affine, moments_of
 
@@ -51,12 +52,27 @@ class Match:
             product = (ours * target).transpose(0, 1).flatten(1).sum(1)
             self.together[groups] = self.together.get(groups, torch.zeros_like(product)) + product
 
+    def put_together(self) -> None:
+        """Add what other processes gathered of the site, on all of them."""
+        parts = of_all_ranks((self.samples, self.wanted, self.found, self.together))
+        self.samples, self.wanted, self.found, self.together = 0, None, {}, {}
+        for samples, wanted, found, together in parts:
+            self.samples += samples
+            if wanted is not None:
+                self.wanted = _plus(self.wanted, wanted)
+            for groups, moments in found.items():
+                self.found[groups] = _plus(self.found.get(groups), moments)
+                product = together[groups]
+                self.together[groups] = (
+                    self.together.get(groups, torch.zeros_like(product)) + product
+                )
+
     def error(self, groups: int) -> float:
         """Return the mean squared error of the output, relative, once the moments match."""
         wanted, found = self.wanted, self.found[groups]
         assert wanted is not None
         slope = _slope(wanted.std, found.std)
-        covariance = self.together[groups] / found.count - wanted.mean * found.mean
+        covariance = self.together[groups] / found.number - wanted.mean * found.mean
         sign = self.norm.weight.detach().double().sign()
         error = wanted.std**2 + (slope * found.std) ** 2 - 2 * slope * sign * covariance
         scale = (wanted.std**2 + wanted.mean**2).sum().clamp_min(1e-30)

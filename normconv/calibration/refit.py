@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normconv.calibration.ranks import of_all_ranks
 from normconv.graph import NormState
 from normconv.layers import WeightStandardized, layout_of
 from normconv.numerics import apply_affine, fit_filters, standard_gain
@@ -54,6 +55,12 @@ class Refit:
         if self.wanted and before is not None:
             target = apply_affine(before.double(), self.state.standardizing)
             self.outputs.append(target.movedim(1, -1).flatten(0, -2)[chosen].float())
+
+    def put_together(self) -> None:
+        """Add what other processes gathered of the layer, on all of them."""
+        parts = of_all_ranks((self.patches, self.outputs))
+        self.patches = [patch for patches, _ in parts for patch in patches]
+        self.outputs = [output for _, outputs in parts for output in outputs]
 
 
 def can_refit(layer: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from normconv.calibration.drift import Drift, measure_drift, summary
 from normconv.calibration.matching import Match, candidates, match_
 from normconv.calibration.order import independent_groups
 from normconv.calibration.passes import run_until
+from normconv.calibration.ranks import of_all_ranks
 from normconv.calibration.refit import Refit, can_refit, refit_
 from normconv.errors import CheckFailed, Problem, UsageError
 from normconv.graph import Names, NormState, norm_state
@@ -67,6 +68,8 @@ def calibrate(
             the original puts out there; without it only γ and β are set (and standardized weights get
             the filter nearest to theirs that has no mean).
         progress: called with the number of groups of sites done and in all.
+
+    Under `torch.distributed` each process goes through its own data, and all get the result of all.
 
     Raises:
         UsageError: the data is empty, constant, holds NaN, can be gone through only once, or does not
@@ -171,7 +174,7 @@ def _refits(
     """Run both models as far as these sites, and gather what their layers see and should put out."""
     found: dict[str, Refit] = {}
     layers: dict[str, str] = {}
-    count = sum(1 for _ in data)
+    count = sum(of_all_ranks(sum(1 for _ in data)))
     for step in steps:
         layer = model.get_submodule(step.producers[0]) if len(step.producers) == 1 else None
         state = norm_state(reference.get_submodule(step.site))
@@ -192,6 +195,8 @@ def _refits(
         for site, each in found.items():
             for place, x in enumerate(inputs[site]):
                 each.add(x, before[site][place] if refit else None)
+    for each in found.values():
+        each.put_together()
     return found
 
 
@@ -214,6 +219,8 @@ def _gathered(
         for site, match in matches.items():
             for one, other in zip(before[site], after[site], strict=True):
                 match.add(one, other)
+    for match in matches.values():
+        match.put_together()
     return matches
 
 

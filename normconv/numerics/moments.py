@@ -2,42 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 __all__ = ["Moments", "moments_of"]
 
 
-@dataclass(frozen=True)
-class Moments:
+class Moments(NamedTuple):
     """Count, mean and sum of squared deviations of each channel; two of them add up.
 
     Args:
-        count: numbers a channel.
+        number: how many numbers a channel.
         mean: (C,) float64.
         deviation: Σ (x − mean)², (C,) float64.
 
     Source: Chan, Golub & LeVeque 1983, equation 2.1.
     """
 
-    count: int
+    number: int
     mean: Tensor
     deviation: Tensor
 
     @property
     def std(self) -> Tensor:
-        """√(Σ (x − mean)² / count), (C,)."""
-        return (self.deviation / max(1, self.count)).sqrt()
+        """√(Σ (x − mean)² / number), (C,)."""
+        return (self.deviation / max(1, self.number)).sqrt()
 
-    def __add__(self, other: Moments) -> Moments:
-        count = self.count + other.count
+    def __add__(self, other: Moments) -> Moments:  # type: ignore[override]
+        count = self.number + other.number
         if not count:
             return self
         difference = other.mean - self.mean
-        mean = self.mean + difference * (other.count / count)
+        mean = self.mean + difference * (other.number / count)
         deviation = self.deviation + other.deviation
-        deviation = deviation + difference**2 * (self.count * other.count / count)
+        deviation = deviation + difference**2 * (self.number * other.number / count)
         return Moments(count, mean, deviation)
 
 
@@ -46,7 +45,7 @@ def moments_of(x: Tensor) -> Moments:
 
     >>> import torch
     >>> moments = moments_of(torch.tensor([[1.0], [3.0]])) + moments_of(torch.tensor([[5.0]]))
-    >>> moments.count, moments.mean.item(), round(moments.std.item(), 3)
+    >>> moments.number, moments.mean.item(), round(moments.std.item(), 3)
     (3, 3.0, 1.633)
     """
     flat = x.detach().double().transpose(0, 1).flatten(1)
