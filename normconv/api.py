@@ -16,7 +16,12 @@ from normconv.graph import trace
 from normconv.graph.passes import FunctionalNormsToModules
 from normconv.numerics import evaluating, give_back_memory
 from normconv.plan import Plan, Recipe, Rule
-from normconv.proof import Proof, prove_converted, record_original_within
+from normconv.proof import (
+    Proof,
+    prove_converted,
+    record_original_within,
+    with_trained_statistics,
+)
 from normconv.proof import prove as prove_models
 from normconv.report import Report
 from normconv.sources import example_inputs as inputs_for
@@ -61,7 +66,8 @@ def convert(
 
     Args:
         model: any module with BatchNorm; not changed.
-        to: a target name (``wn``, ``plain``, ``frozen``), rules, a `Recipe`, or a `Plan` to carry out.
+        to: a target name (``wn``, ``wn+mobn``, ``plain``, ``frozen``, ``gn``, ``gn+ws``), rules, a
+            `Recipe`, or a `Plan` to carry out.
         example_inputs: positional inputs; None takes the model's own config, else what its first
             layer takes, and the report says what was used.
         example_kwargs: keyword inputs.
@@ -98,6 +104,9 @@ def convert(
             Problem("at", 'it goes with output="module"', "convert the submodule alone")
         )
     _check_at(to, at)
+    if data is None and (held_out is not None or min_agreement is not None):
+        what = "there is no data: nothing would be calibrated or measured"
+        raise UsageError(Problem("held_out, min_agreement", what, "give data= (--calib)"))
     args, kwargs, origin = _inputs_of(model, example_inputs, example_kwargs)
     notes = _lazy_notes(model)
     model = materialised(model, args, kwargs)
@@ -117,6 +126,9 @@ def convert(
             drop_unreached=drop_unreached,
             at=at,
         )
+    if data is not None and all(step.fidelity == "exact" for step in plan.converted):
+        what = f"{plan.target} is exact: there is nothing to calibrate"
+        raise UsageError(Problem("data", what, "leave it out"))
     result = apply_plan(base, plan)
     result = result._replace(report=result.report.extended(notes=notes))
     # The sites of a graph are those of the trace: it may have norms that the model calls as functions.
@@ -186,7 +198,10 @@ def prove_conversion(
     proof = prove_converted(recording, result.model)
     checks = proof.checks
     if traced is not None:  # and the whole against the model itself, not only against its trace
-        checks += prove_models(original, result.model, (), args, kwargs).checks
+        sampled = any(step.fidelity != "exact" for step in plan.converted)
+        whole = with_trained_statistics(result.model, plan.steps) if sampled else result.model
+        if not any(step.action == "fresh" for step in plan.steps):
+            checks += prove_models(original, whole, (), args, kwargs).checks
     return _proved(result, replace(proof, checks=checks), facts)
 
 

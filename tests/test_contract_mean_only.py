@@ -89,3 +89,25 @@ def test_folding_leaves_a_plain_layer() -> None:
     folded = fold(result, example_inputs=(images,)).model
     assert [type(module) for module in folded] == [nn.Conv2d, nn.Identity, nn.ReLU]
     assert torch.allclose(folded(images), model(images), atol=1e-5)
+
+
+def test_what_was_seen_counts_and_frozen_norms_stay_frozen() -> None:
+    from torchvision.ops import FrozenBatchNorm2d
+
+    torch.manual_seed(0)
+    model, images = (
+        nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5, momentum=None)),
+        torch.randn(8, 3, 6, 6),
+    )
+    for _ in range(9):
+        model(images)
+    plan = make_plan(model, TARGET, example_inputs=(images,))
+    norm = apply_plan(model, plan).model[1]
+    assert int(norm.num_batches_tracked) == 9
+    frozen = nn.Sequential(
+        nn.Conv2d(3, 5, 3), FrozenBatchNorm2d(5), nn.ReLU(), FrozenBatchNorm2d(5)
+    )
+    plan = make_plan(frozen, TARGET, example_inputs=(images,))
+    result = apply_plan(frozen, plan).model.train()
+    assert not any(isinstance(module, MeanOnlyBatchNorm) for module in result)
+    assert torch.allclose(result(images), frozen(images), atol=1e-5)

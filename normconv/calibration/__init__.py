@@ -1,9 +1,9 @@
 """What data sets in a converted model: moments of each channel, and how far it is from the original."""
 
 from normconv.calibration.batches import Batches as Batches
-from normconv.calibration.distillation import Lesson as Lesson
 from normconv.calibration.distillation import recover as recover
 from normconv.calibration.drift import Drift as Drift
 from normconv.calibration.drift import measure_drift as measure_drift
 from normconv.calibration.drift import wilson_interval as wilson_interval
+from normconv.calibration.lessons import Lesson as Lesson
 from normconv.calibration.sequential import calibrate as calibrate

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from normconv.errors import Problem, UsageError
@@ -29,15 +30,17 @@ class Batches:
 
     Args:
         source: a DataLoader, a list, or a function that makes an iterator.
-        positional: how many positional inputs the model takes; None for any number.
+        positional: how many positional inputs the model takes.
         names: keyword inputs to take of a dict; all for None.
-        like: a parameter of the model, whose device and dtype floating inputs get; None leaves them.
+        like: a parameter of the model, whose device all inputs get; None leaves them where they are.
+        dtypes: of the model's parameters; a floating input of another one gets that of `like`.
     """
 
     source: Source
-    positional: int | None = 1
+    positional: int = 1
     names: frozenset[str] | None = None
     like: Tensor | None = None
+    dtypes: frozenset[torch.dtype] = frozenset()
 
     @classmethod
     def of(cls, source: Source, model: nn.Module) -> Batches:
@@ -58,16 +61,22 @@ class Batches:
             what = f"it is a {type(source).__name__}, which can be gone through only once"
             raise UsageError(Problem("data", what, _ONE_SHOT))
         like = next((p for p in model.parameters() if p.is_floating_point()), None)
-        return cls(source, *_inputs_of(model), like)
+        dtypes = frozenset(parameter.dtype for parameter in model.parameters())
+        return cls(source, *_inputs_of(model), like, dtypes)
 
     def __iter__(self) -> Iterator[_Inputs]:
         batches = self.source() if callable(self.source) else self.source
         for batch in batches:
-            yield self._inputs(batch)
+            args, kwargs = self._inputs(batch)
+            if not any(_is_empty(value) for value in (*args, *kwargs.values())):
+                yield args, kwargs
 
     def _inputs(self, batch: Any) -> _Inputs:
         if isinstance(batch, Mapping):
             names = batch.keys() if self.names is None else batch.keys() & self.names
+            if not names:
+                keys, known = ", ".join(map(str, batch)), ", ".join(sorted(self.names or ()))
+                raise UsageError(Problem("data", f"it has {keys}; the model takes {known}"))
             return (), {name: self._placed(batch[name]) for name in batch if name in names}
         if isinstance(batch, (tuple, list)):
             return tuple(self._placed(item) for item in batch[: self.positional]), {}
@@ -76,7 +85,8 @@ class Batches:
     def _placed(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or self.like is None:
             return value
-        dtype = self.like.dtype if value.is_floating_point() else value.dtype
+        cast = value.is_floating_point() and value.dtype not in self.dtypes
+        dtype = self.like.dtype if cast else value.dtype
         return value.to(device=self.like.device, dtype=dtype)
 
     def checked(self) -> dict[str, Any]:
@@ -112,14 +122,21 @@ class Batches:
         return {"batches": batches, "samples": samples, "sha256": digest.hexdigest()}
 
 
-def _inputs_of(model: nn.Module) -> tuple[int | None, frozenset[str] | None]:
-    """How many positional inputs the model needs, and the names it takes; None where it takes any."""
+def _inputs_of(model: nn.Module) -> tuple[int, frozenset[str] | None]:
+    """How many positional inputs the model needs, and the names it takes; None for any names."""
     parameters = list(inspect.signature(model.forward).parameters.values())
     kinds = {parameter.kind for parameter in parameters}
     by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     needed = [p for p in parameters if p.kind in by_place and p.default is p.empty]
-    number = None if inspect.Parameter.VAR_POSITIONAL in kinds else max(1, len(needed))
     names = None
     if inspect.Parameter.VAR_KEYWORD not in kinds:
-        names = frozenset(parameter.name for parameter in parameters)
-    return number, names
+        labels = {p.name for p in parameters if p.name in _LABELS and p.default is not p.empty}
+        names = frozenset(parameter.name for parameter in parameters) - labels
+    return max(1, len(needed)), names
+
+
+_LABELS = ("label", "labels", "target", "targets")  # with these some models put out a loss
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and not len(value)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normconv.calibration.batches import Batches, Source
 from normconv.calibration.drift import Drift, measure_drift, summary
+from normconv.calibration.lessons import Lesson, State, digest_of, resume_, write_state
+from normconv.calibration.ranks import of_all_ranks
 from normconv.errors import CheckFailed, Problem, UsageError
-from normconv.files import atomic_path
 from normconv.layers import copy_model
 from normconv.numerics import evaluating
 from normconv.plan import record
@@ -24,51 +25,10 @@ from normconv.proof import flat_outputs
 from normconv.report import Check, Report
 from normconv.surgery import Result
 
-__all__ = ["Lesson", "recover"]
+__all__ = ["recover"]
 
 Progress = Callable[[int, int], None]
 _Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """How a student is taught.
-
-    Args:
-        steps: batches it sees.
-        lr: largest learning rate of Adam; it rises over the first tenth and falls as a cosine to 0.
-        temperature: of both softmaxes, where outputs are class scores.
-        every: steps between looks at the agreement.
-        patience: looks without a better agreement before it stops.
-        amp: autocast the student to bfloat16.
-        seed: of the order of batches.
-    """
-
-    steps: int = 400
-    lr: float = 1e-3
-    temperature: float = 2.0
-    every: int = 50
-    patience: int = 8
-    amp: bool = False
-    seed: int = 0
-
-    def rate(self, step: int) -> float:
-        """Return the learning rate of a step as a share of the largest."""
-        warm = max(1, self.steps // 10)
-        if step < warm:
-            return (step + 1) / warm
-        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
-
-
-@dataclass
-class _State:
-    """Where the lesson is: all that a checkpoint holds besides student and optimizer."""
-
-    step: int = 0
-    best: float = -math.inf
-    best_step: int = 0
-    waited: int = 0
-    seen: list[tuple[int, float]] = field(default_factory=list)
 
 
 def recover(
@@ -123,9 +83,12 @@ def recover(
     batches = Batches.of(data, teacher)
     used = {**batches.checked(), "purpose": "recover"}
     judged = Batches.of(held_out if held_out is not None else _first(batches), teacher)
+    judged.checked()
     _check_outputs(teacher, twin, batches)
     before = measure_drift(teacher, student, (), judged)
-    state = _taught_(twin, teacher, batches, judged, lesson, checkpoint, progress)
+    start = State(best=_score(before), seen=[(0, _share(before))])
+    start.subject = digest_of(student, teacher) + used["sha256"]
+    state = _taught_(twin, teacher, batches, judged, lesson, start, checkpoint, progress)
     after = measure_drift(teacher, twin, (), judged)
     record(twin, {"recover": {"data": used, "lesson": asdict(lesson)}})
     report = _report(twin, before, after, used, state, held_out is not None, min_agreement)
@@ -146,10 +109,17 @@ def _first(batches: Batches) -> Callable[[], Iterator[Any]]:
 
 
 def _check_outputs(teacher: nn.Module, student: nn.Module, batches: Batches) -> None:
+    if any(p.dtype == torch.float16 for p in student.parameters()):
+        what = "its parameters are float16, in which Adam's steps overflow"
+        raise UsageError(Problem("student", what, "teach student.float(), with amp=True for speed"))
     args, kwargs = next(iter(batches))
-    with evaluating(teacher), evaluating(student):
-        expected = _floats(teacher(*args, **kwargs))
-        got = _floats(student(*args, **kwargs))
+    try:
+        with evaluating(teacher), evaluating(student):
+            expected = _floats(teacher(*args, **kwargs))
+            got = _floats(student(*args, **kwargs))
+    except Exception as reason:  # the forward is the user's, and so is the data
+        what = f"a model does not run on it ({type(reason).__name__}: {reason})"
+        raise UsageError(Problem("data", what, "give batches of the models' inputs")) from None
     shapes = [{name: tuple(t.shape) for name, t in outputs.items()} for outputs in (expected, got)]
     if shapes[0] != shapes[1] or not expected:
         what = f"the teacher puts out {shapes[0]}, the student {shapes[1]}"
@@ -166,17 +136,18 @@ def _taught_(
     batches: Batches,
     judged: Batches,
     lesson: Lesson,
+    state: State,
     checkpoint: str | Path | None,
     progress: Progress | None,
-) -> _State:
+) -> State:
     """Teach the student in place; leave it at its best."""
     parameters = [p for p in student.parameters() if p.requires_grad]
     if not parameters:
         raise UsageError(Problem("student", "no parameter of it is trained", "set requires_grad"))
     optimizer = torch.optim.Adam(parameters, lr=lesson.lr)
-    state, best = _State(), {name: t.clone() for name, t in student.state_dict().items()}
+    best = {name: t.clone() for name, t in student.state_dict().items()}
     if checkpoint is not None and Path(checkpoint).exists():
-        state, best = _resumed_(Path(checkpoint), student, optimizer, lesson)
+        state, best = resume_(Path(checkpoint), student, optimizer, lesson, state.subject)
     flags = {name: module.training for name, module in student.named_modules()}
     for step, (args, kwargs) in _endless(batches, lesson.seed, state.step):
         if step >= lesson.steps or state.waited >= lesson.patience:
@@ -184,11 +155,12 @@ def _taught_(
         for group in optimizer.param_groups:
             group["lr"] = lesson.lr * lesson.rate(step)
         loss = _loss(student.eval(), teacher, args, kwargs, lesson)
-        if not bool(loss.isfinite()):
+        if not all(of_all_ranks(bool(loss.isfinite()))):
             state.best_step = -1
             break
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        _average_gradients_(parameters)
         optimizer.step()
         state.step = step + 1
         if progress is not None:
@@ -196,12 +168,23 @@ def _taught_(
         if state.step % lesson.every == 0 or state.step == lesson.steps:
             best = _look(student, teacher, judged, state, best)
             if checkpoint is not None:
-                _write(Path(checkpoint), student, optimizer, state, best, lesson)
+                write_state(Path(checkpoint), student, optimizer, state, best, lesson)
     student.load_state_dict(best)
     for name, module in student.named_modules():
         module.training = flags[name]
     student.zero_grad(set_to_none=True)
     return state
+
+
+def _average_gradients_(parameters: list[nn.Parameter]) -> None:
+    """Under `torch.distributed` all processes teach one student."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= dist.get_world_size()
 
 
 def _loss(
@@ -217,17 +200,18 @@ def _loss(
     with torch.autocast(device, dtype=torch.bfloat16, enabled=lesson.amp):
         got = _floats(student(*args, **kwargs))
     losses = [
-        _distance(got[name].float(), t.float(), lesson.temperature) for name, t in wanted.items()
+        _distance(got[name].float(), t.float(), lesson.temperature, lesson.scores)
+        for name, t in wanted.items()
     ]
     return torch.stack(losses).sum()
 
 
-def _distance(got: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    if wanted.dim() == 2 and wanted.shape[1] > 1:
+def _distance(got: Tensor, wanted: Tensor, temperature: float, scores: bool) -> Tensor:
+    if scores and wanted.dim() == 2 and wanted.shape[1] > 1:
         target = F.log_softmax(wanted / temperature, 1)
         ours = F.log_softmax(got / temperature, 1)
         return F.kl_div(ours, target, log_target=True, reduction="batchmean") * temperature**2
-    return F.mse_loss(got, wanted) / wanted.var().clamp_min(1e-12)
+    return F.mse_loss(got, wanted) / wanted.square().mean().clamp_min(1e-12)
 
 
 def _endless(batches: Batches, seed: int, start: int) -> Iterator[tuple[int, _Inputs]]:
@@ -260,15 +244,13 @@ def _look(
     student: nn.Module,
     teacher: nn.Module,
     judged: Batches,
-    state: _State,
+    state: State,
     best: dict[str, Tensor],
 ) -> dict[str, Tensor]:
     """Measure the student; return its weights if they are the best so far, else those that are."""
     drift = measure_drift(teacher, student, (), judged)
-    share = _share(drift)
-    # Of two with the same agreement the one whose outputs are nearer.
-    score = share - min(drift.output, 1e3) * 1e-6 if math.isfinite(share) else -drift.output
-    state.seen.append((state.step, share))
+    score = _score(drift)
+    state.seen.append((state.step, _share(drift)))
     if score > state.best:
         state.best, state.best_step, state.waited = score, state.step, 0
         return {name: t.detach().clone() for name, t in student.state_dict().items()}
@@ -276,45 +258,17 @@ def _look(
     return best
 
 
+def _score(drift: Drift) -> float:
+    """The agreement; of two with the same, or where there is none, nearer outputs."""
+    share = _share(drift)
+    if not math.isfinite(drift.output):
+        return -math.inf
+    return share - min(drift.output, 1e3) * 1e-6 if math.isfinite(share) else -drift.output
+
+
 def _share(drift: Drift) -> float:
     agreement = drift.agreement
     return math.nan if agreement is None else agreement.same / agreement.samples
-
-
-def _write(
-    path: Path,
-    student: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: _State,
-    best: Mapping[str, Tensor],
-    lesson: Lesson,
-) -> None:
-    document = {
-        "student": student.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "state": asdict(state),
-        "best": dict(best),
-        "lesson": asdict(lesson),
-    }
-    with atomic_path(path) as temporary:
-        torch.save(document, temporary)
-
-
-def _resumed_(
-    path: Path, student: nn.Module, optimizer: torch.optim.Optimizer, lesson: Lesson
-) -> tuple[_State, dict[str, Tensor]]:
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        if found["lesson"] != asdict(lesson):
-            raise ValueError("it is of another lesson")
-        student.load_state_dict(found["student"])
-        optimizer.load_state_dict(found["optimizer"])
-    except Exception as reason:  # torch raises every kind
-        what = f"cannot be resumed from ({str(reason).splitlines()[0]})"
-        raise UsageError(
-            Problem(os.fspath(path), what, "delete it, or give another name")
-        ) from None
-    return _State(**found["state"]), found["best"]
 
 
 def _report(
@@ -322,7 +276,7 @@ def _report(
     before: Drift,
     after: Drift,
     used: Mapping[str, Any],
-    state: _State,
+    state: State,
     held_out: bool,
     min_agreement: float | None,
 ) -> Report:
@@ -334,13 +288,8 @@ def _report(
         **summary(before, after),
         "before": before.document(),
         "after": after.document(),
-        "agreement by step": [list(pair) for pair in state.seen],
+        "agreement by step": [[step, share] for step, share in state.seen if share == share],
     }
     checks = [Check("the loss stayed finite", state.best_step >= 0, way_out="a smaller lr")]
-    share = _share(after)
-    if min_agreement is not None and math.isfinite(share):
-        detail = f"{share:.4f}, at least {min_agreement:g} was asked for"
-        checks.append(
-            Check("agreement", share >= min_agreement, detail=detail, way_out="more steps")
-        )
+    checks += after.agreed(min_agreement, "more steps")
     return Report(verb="recover", subject=type(student).__name__, facts=facts, checks=tuple(checks))

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from normconv.calibration.batches import Batches
 from normconv.calibration.ranks import of_all_ranks
+from normconv.errors import Problem, UsageError
 from normconv.plan import Step
 from normconv.proof import evaluate, record_outputs
+from normconv.report import Check
 
 __all__ = ["Agreement", "Drift", "SiteDrift", "measure_drift", "summary", "wilson_interval"]
 
@@ -56,12 +58,23 @@ class Drift:
     Args:
         sites: by site.
         output: rel-L2 difference over all outputs.
-        agreement: where the first output is (N, classes).
+        agreement: of the first output of shape (N, classes), where there is one.
     """
 
     sites: Mapping[str, SiteDrift]
     output: float
     agreement: Agreement | None
+
+    def agreed(self, least: float | None, way_out: str) -> list[Check]:
+        """Return the check of an agreement that was asked for; none where none was."""
+        if least is None:
+            return []
+        if self.agreement is None:
+            what = "no output is one of class scores, (N, classes): there is nothing to agree on"
+            return [Check("agreement", False, detail=what, way_out="leave min_agreement out")]
+        share = self.agreement.same / self.agreement.samples
+        detail = f"{share:.4f}, at least {least:g} was asked for"
+        return [Check("agreement", share >= least, detail=detail, way_out=way_out)]
 
     def document(self) -> dict[str, Any]:
         """Return it as plain data."""
@@ -70,38 +83,51 @@ class Drift:
         return {"output": self.output, **agreement, "sites": sites}
 
 
-@dataclass
-class _Sums:
-    """Σ t², Σ o², Σ t·o of an original's values t and a candidate's o."""
+class _Sums(NamedTuple):
+    """Σ t², Σ o², Σ t·o and Σ (t − o)² of an original's values t and a candidate's o."""
 
     original: float = 0.0
     candidate: float = 0.0
     product: float = 0.0
+    difference: float = 0.0
 
-    def add(self, original: Tensor, candidate: Tensor) -> None:
+    def plus(self, *others: _Sums) -> _Sums:
+        return _Sums(*(sum(values) for values in zip(self, *others, strict=True)))
+
+    def with_values(self, original: Tensor, candidate: Tensor) -> _Sums:
         t, o = original.double(), candidate.double()
-        self.original += float((t * t).sum())
-        self.candidate += float((o * o).sum())
-        self.product += float((t * o).sum())
-
-    def __add__(self, other: _Sums) -> _Sums:
-        return _Sums(
-            self.original + other.original,
-            self.candidate + other.candidate,
-            self.product + other.product,
-        )
+        sums = ((t * t).sum(), (o * o).sum(), (t * o).sum(), (t - o).pow(2).sum())
+        return self.plus(_Sums(*(value.item() for value in sums)))
 
     @property
-    def difference(self) -> float:
-        return max(0.0, self.original + self.candidate - 2 * self.product)
+    def relative(self) -> float:
+        """‖t − o‖ / ‖t‖; NaN where any number is, infinite where only t is 0."""
+        if self.original == 0:
+            return 0.0 if self.difference == 0 else self.difference * math.inf
+        return math.sqrt(self.difference / self.original)
 
     def site(self) -> SiteDrift:
-        if not self.original:
-            return SiteDrift(math.inf if not self.candidate else -math.inf, 1.0)
-        # Sums of squares lose what is below their own rounding.
-        ratio = max(self.difference / self.original, 1e-15)
-        cosine = self.product / max(math.sqrt(self.original * self.candidate), 1e-300)
-        return SiteDrift(-10 * math.log10(ratio), cosine)
+        off = self.relative
+        snr = math.inf if off == 0 else -20 * math.log10(off) if off < math.inf else -math.inf
+        norm = math.sqrt(self.original * self.candidate)
+        return SiteDrift(math.nan if math.isnan(off) else snr, self.product / norm if norm else 1.0)
+
+
+class _Tally(NamedTuple):
+    """What one process saw."""
+
+    sites: dict[str, _Sums]
+    output: _Sums
+    same: int
+    samples: int
+
+    def drift(self, *others: _Tally) -> Drift:
+        """Put several together."""
+        every = (self, *others)
+        same, samples = (sum(t.same for t in every), sum(t.samples for t in every))
+        sites = {n: s.plus(*(t.sites[n] for t in others)).site() for n, s in self.sites.items()}
+        output = self.output.plus(*(t.output for t in others)).relative
+        return Drift(sites, output, Agreement(same, samples) if samples else None)
 
 
 def measure_drift(
@@ -115,33 +141,43 @@ def measure_drift(
         original: the reference.
         candidate: converted by a plan of these steps.
         steps: whose sites are compared.
-        data: inputs.
+        data: inputs; under `torch.distributed` those of this process, and the result is that of all.
     """
+    tally, *others = of_all_ranks(_tallied(original, candidate, steps, data))
+    return tally.drift(*others)
+
+
+def _tallied(
+    original: nn.Module, candidate: nn.Module, steps: Sequence[Step], data: Batches
+) -> _Tally:
     names = [step.site for step in steps if step.phase == "eval"]
     sites = {name: _Sums() for name in names}
     output, same, samples = _Sums(), 0, 0
-    for args, kwargs in data:
-        with record_outputs(original, names) as seen:
-            expected = evaluate(original, args, kwargs)
-        with record_outputs(candidate, names) as ours:
-            got = evaluate(candidate, args, kwargs)
-        for name, sums in sites.items():
+    for place, (args, kwargs) in enumerate(data):
+        try:
+            with record_outputs(original, names) as seen:
+                expected = evaluate(original, args, kwargs)
+            with record_outputs(candidate, names) as ours:
+                got = evaluate(candidate, args, kwargs)
+        except Exception as reason:  # the forward is the user's, and so is the data
+            what = f"the model does not run on it ({type(reason).__name__}: {reason})"
+            way_out = "give batches of the model's own inputs"
+            raise UsageError(Problem(f"data, batch {place}", what, way_out)) from None
+        for name in names:
             for one, other in zip(seen.get(name, []), ours.get(name, []), strict=False):
-                sums.add(one, other)
+                sites[name] = sites[name].with_values(one, other)
         for name, value in expected.items():
             if value.is_floating_point() and name in got:
-                output.add(value, got[name])
-        first = next(iter(expected), "")
-        if first in got and expected[first].dim() == 2 and expected[first].shape[1] > 1:
-            same += int((expected[first].argmax(1) == got[first].argmax(1)).sum())
-            samples += len(expected[first])
-    parts = of_all_ranks((sites, output, same, samples))
-    sites = {name: sum((part[0][name] for part in parts), _Sums()) for name in names}
-    output = sum((part[1] for part in parts), _Sums())
-    same, samples = sum(part[2] for part in parts), sum(part[3] for part in parts)
-    off = math.sqrt(output.difference / output.original) if output.original else 0.0
-    agreement = Agreement(same, samples) if samples else None
-    return Drift({name: sums.site() for name, sums in sites.items()}, off, agreement)
+                output = output.with_values(value, got[name])
+        scores = next((n for n, t in expected.items() if _are_scores(t) and n in got), "")
+        if scores:
+            same += int((expected[scores].argmax(1) == got[scores].argmax(1)).sum())
+            samples += len(expected[scores])
+    return _Tally(sites, output, same, samples)
+
+
+def _are_scores(output: Tensor) -> bool:
+    return output.is_floating_point() and output.dim() == 2 and output.shape[1] > 1
 
 
 def summary(before: Drift, after: Drift) -> dict[str, str]:

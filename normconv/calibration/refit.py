@@ -49,8 +49,9 @@ class Refit:
         """
         patches = _patches(self.layer, x)
         rows = min(_MOST_ROWS, _ROWS * patches.shape[2]) // max(1, self.batches) + 1
-        step = max(1, patches.shape[1] // rows)
-        chosen = torch.arange(0, patches.shape[1], step, device=x.device)
+        # Not every k-th: those of a few columns of the image are not like the others.
+        rng = torch.Generator().manual_seed(0)
+        chosen = torch.randperm(patches.shape[1], generator=rng)[:rows].to(x.device)
         self.patches.append(patches[:, chosen])
         if self.wanted and before is not None:
             target = apply_affine(before.double(), self.state.standardizing)
@@ -72,7 +73,12 @@ def can_refit(layer: nn.Module) -> bool:
     weight = layer._parameters.get("weight", layer._parameters.get("weight_v"))
     if weight is None or not isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):
         return False
-    return 1 < weight[0].numel() <= _LARGEST
+    # A forward of the user's may see other patches: one that pads by itself, or scales.
+    forward = "forward" not in vars(layer) and type(layer).forward in _KNOWN
+    return forward and 1 < weight[0].numel() <= _LARGEST
+
+
+_KNOWN = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward)
 
 
 def _patches(layer: nn.Module, x: Tensor) -> Tensor:

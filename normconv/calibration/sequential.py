@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +20,7 @@ from normconv.errors import CheckFailed, Problem, UsageError
 from normconv.graph import Names, NormState, norm_state
 from normconv.graph.rewrite import normalizer_name
 from normconv.layers import WeightStandardized, copy_model
+from normconv.numerics import evaluating
 from normconv.plan import Plan, Step, record
 from normconv.report import Check, Report
 from normconv.surgery import Result
@@ -29,12 +31,98 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass
-class _Found:
-    """What calibration found, by site: numbers of groups, shares of variance lost, and warnings."""
+class _Run:
+    """One calibration: what it works on, and by site what it found.
 
+    Args:
+        model: changed in place.
+        reference: the original.
+        data: inputs.
+        batches: how many there are, over all processes.
+        refit: whether layers are fitted to what the original puts out.
+        groups: numbers of groups.
+        lost: shares of variance that standardization costs.
+        notes: warnings.
+    """
+
+    model: nn.Module
+    reference: nn.Module
+    data: Batches
+    batches: int
+    refit: bool
     groups: dict[str, int] = field(default_factory=dict)
     lost: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def carry_out(self, steps: Sequence[Step], progress: Progress | None) -> None:
+        """Calibrate, one group of sites that do not feed each other after the other."""
+        step_of = {step.site: step for step in steps}
+        args, kwargs = next(iter(self.data))
+        order = independent_groups(self.reference, list(step_of), args, kwargs)
+        for done, sites in enumerate(order):
+            here = [step_of[site] for site in sites]
+            for site, layer in self._refits(here).items():
+                self.lost[site], poor = refit_(layer)
+                self.notes += [f"{site}: {poor}"] * bool(poor)
+            for site, match in self._matches(here).items():
+                if match.wanted is not None:
+                    self.groups[site], _ = match_(match)
+            if progress is not None:
+                progress(done + 1, len(order))
+
+    def _refits(self, steps: Sequence[Step]) -> dict[str, Refit]:
+        """Run both models as far as these sites, and gather what their layers see and should give."""
+        found: dict[str, Refit] = {}
+        layers: dict[str, str] = {}
+        for step in steps:
+            layer = (
+                self.model.get_submodule(step.producers[0]) if len(step.producers) == 1 else None
+            )
+            state = norm_state(self.reference.get_submodule(step.site))
+            if layer is None or step.spans or not can_refit(layer) or isinstance(state, str):
+                if step.action == "standardize":
+                    what = "its weights lost their mean, and nothing could make up for it"
+                    self.notes.append(f"{step.site}: {what}")
+            elif self.refit or isinstance(layer, WeightStandardized):
+                found[step.site] = Refit(layer, state, self.batches, self.refit)
+                layers[step.producers[0]] = step.site
+        if not found:
+            return {}
+        before: dict[str, list[Tensor]] = {}
+        calls: dict[str, int] = dict.fromkeys(found, 0)
+        for args, kwargs in self.data:
+            if self.refit:
+                same = {site: site for site in found}
+                before, calls = _inputs_at(self.reference, same, args, kwargs, calls)
+            inputs, calls = _inputs_at(self.model, layers, args, kwargs, calls)
+            for site, each in found.items():
+                for place, x in enumerate(inputs[site]):
+                    each.add(x, before[site][place] if self.refit else None)
+        for each in found.values():
+            each.put_together()
+        return found
+
+    def _matches(self, steps: Sequence[Step]) -> dict[str, Match]:
+        """Run both models as far as these sites, over all the data."""
+        matches: dict[str, Match] = {}
+        for step in steps:
+            norm = self.model.get_submodule(normalizer_name(self.model, step.site))
+            state = norm_state(self.reference.get_submodule(step.site))
+            if isinstance(norm, nn.GroupNorm) and isinstance(state, NormState):
+                tried = candidates(norm, bool(step.options.get("search")))
+                matches[step.site] = Match(norm, state, tried)
+        same = {site: site for site in matches}
+        places = {normalizer_name(self.model, site): site for site in matches}
+        calls: dict[str, int] = dict.fromkeys(matches, 0)
+        for args, kwargs in self.data:
+            before, calls = _inputs_at(self.reference, same, args, kwargs, calls)
+            after, _ = _inputs_at(self.model, places, args, kwargs, calls)
+            for site, match in matches.items():
+                for one, other in zip(before[site], after[site], strict=True):
+                    match.add(one, other)
+        for match in matches.values():
+            match.put_together()
+        return matches
 
 
 def calibrate(
@@ -90,9 +178,14 @@ def calibrate(
     twin = copy_model(model)
     batches = Batches.of(data, reference)
     used = batches.checked()
-    measured = batches if held_out is None else Batches.of(held_out, reference)
-    before = _measured(reference, model, plan, measured)
-    found = _matched_(twin, reference, steps, batches, refit, progress)
+    measured = batches
+    if held_out is not None:
+        measured = Batches.of(held_out, reference)
+        measured.checked()
+    _check_runs(reference, model, measured)
+    before = measure_drift(reference, model, plan.steps, measured)
+    found = _Run(twin, reference, batches, sum(of_all_ranks(used["batches"])), refit)
+    found.carry_out(steps, progress)
     after = measure_drift(reference, twin, plan.steps, measured)
     done = replace(plan, steps=tuple(_with_groups(step, found.groups) for step in plan.steps))
     used = {**used, "purpose": "calibrate", "refit": refit}
@@ -134,94 +227,16 @@ def _check_pair(model: nn.Module, reference: nn.Module, plan: Plan, steps: Seque
         raise UsageError(problems[:5])
 
 
-def _measured(original: nn.Module, candidate: nn.Module, plan: Plan, data: Batches) -> Drift:
+def _check_runs(original: nn.Module, candidate: nn.Module, data: Batches) -> None:
+    """Run both on the first batch: what they do not take is told as that."""
+    args, kwargs = next(iter(data))
     try:
-        return measure_drift(original, candidate, plan.steps, data)
+        for model in (original, candidate):
+            with evaluating(model):
+                model(*args, **kwargs)
     except Exception as reason:  # the forward is the user's, and so is the data
         what = f"the model does not run on it ({type(reason).__name__}: {reason})"
         raise UsageError(Problem("data", what, "give batches of the model's own inputs")) from None
-
-
-def _matched_(
-    model: nn.Module,
-    reference: nn.Module,
-    steps: Sequence[Step],
-    data: Batches,
-    refit: bool,
-    progress: Progress | None,
-) -> _Found:
-    """Calibrate the model's layers and norms in place."""
-    step_of = {step.site: step for step in steps}
-    args, kwargs = next(iter(data))
-    groups = independent_groups(reference, list(step_of), args, kwargs)
-    found = _Found()
-    for done, sites in enumerate(groups):
-        here = [step_of[site] for site in sites]
-        for site, layer in _refits(model, reference, here, data, refit).items():
-            found.lost[site], poor = refit_(layer)
-            found.notes += [f"{site}: {poor}"] * bool(poor)
-        for site, match in _gathered(model, reference, here, data).items():
-            if match.wanted is not None:
-                found.groups[site], _ = match_(match)
-        if progress is not None:
-            progress(done + 1, len(groups))
-    return found
-
-
-def _refits(
-    model: nn.Module, reference: nn.Module, steps: Sequence[Step], data: Batches, refit: bool
-) -> dict[str, Refit]:
-    """Run both models as far as these sites, and gather what their layers see and should put out."""
-    found: dict[str, Refit] = {}
-    layers: dict[str, str] = {}
-    count = sum(of_all_ranks(sum(1 for _ in data)))
-    for step in steps:
-        layer = model.get_submodule(step.producers[0]) if len(step.producers) == 1 else None
-        state = norm_state(reference.get_submodule(step.site))
-        if layer is None or step.spans or not can_refit(layer) or isinstance(state, str):
-            continue
-        if refit or isinstance(layer, WeightStandardized):
-            found[step.site] = Refit(layer, state, count, refit)
-            layers[step.producers[0]] = step.site
-    if not found:
-        return {}
-    before: dict[str, list[Tensor]] = {}
-    calls: dict[str, int] = dict.fromkeys(found, 0)
-    for args, kwargs in data:
-        if refit:
-            same = {site: site for site in found}
-            before, calls = _inputs_at(reference, same, args, kwargs, calls)
-        inputs, calls = _inputs_at(model, layers, args, kwargs, calls)
-        for site, each in found.items():
-            for place, x in enumerate(inputs[site]):
-                each.add(x, before[site][place] if refit else None)
-    for each in found.values():
-        each.put_together()
-    return found
-
-
-def _gathered(
-    model: nn.Module, reference: nn.Module, steps: Sequence[Step], data: Batches
-) -> dict[str, Match]:
-    """Run both models as far as these sites, over all the data."""
-    matches: dict[str, Match] = {}
-    for step in steps:
-        norm = model.get_submodule(normalizer_name(model, step.site))
-        state = norm_state(reference.get_submodule(step.site))
-        if isinstance(norm, nn.GroupNorm) and isinstance(state, NormState):
-            tried = candidates(norm, bool(step.options.get("search")))
-            matches[step.site] = Match(norm, state, tried)
-    calls: dict[str, int] = dict.fromkeys(matches, 0)
-    for args, kwargs in data:
-        before, calls = _inputs_at(reference, {site: site for site in matches}, args, kwargs, calls)
-        places = {normalizer_name(model, site): site for site in matches}
-        after, _ = _inputs_at(model, places, args, kwargs, calls)
-        for site, match in matches.items():
-            for one, other in zip(before[site], after[site], strict=True):
-                match.add(one, other)
-    for match in matches.values():
-        match.put_together()
-    return matches
 
 
 def _inputs_at(
@@ -265,10 +280,6 @@ def _report(
         "before": before.document(),
         "after": after.document(),
     }
-    checks = [Check("outputs are finite", after.output == after.output)]
-    if min_agreement is not None and after.agreement is not None:
-        share = after.agreement.same / after.agreement.samples
-        detail = f"{share:.4f}, at least {min_agreement:g} was asked for"
-        way_out = "calibrate on more images, or recover"
-        checks.append(Check("agreement", share >= min_agreement, detail=detail, way_out=way_out))
+    checks = [Check("outputs are finite", math.isfinite(after.output))]
+    checks += after.agreed(min_agreement, "calibrate on more images, or recover")
     return plan.report("calibrate").extended(checks=tuple(checks), facts=facts)

@@ -31,8 +31,8 @@ class Moments(NamedTuple):
 
     def __add__(self, other: Moments) -> Moments:  # type: ignore[override]
         count = self.number + other.number
-        if not count:
-            return self
+        if not self.number or not other.number:
+            return other if not self.number else self
         difference = other.mean - self.mean
         mean = self.mean + difference * (other.number / count)
         deviation = self.deviation + other.deviation

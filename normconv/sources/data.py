@@ -60,7 +60,12 @@ class Transform:
         own = tuple(config.get("mean", ())), tuple(config.get("std", ()))
         side = size or (config.get("input_size") or (None,))[-1]
         if mean or std:
-            return cls(tuple(mean) or _IMAGENET[0], tuple(std) or _IMAGENET[1], side, _GIVEN)
+            if len(mean) != len(std) or not all(value > 0 for value in std):
+                what = f"{len(mean)} means and {len(std)} deviations"
+                raise UsageError(
+                    Problem("--mean, --std", what, "give one of each a channel, std > 0")
+                )
+            return cls(tuple(mean), tuple(std), side, _GIVEN)
         if all(own):
             return cls(*own, side, "mean and deviation of the model's own config")
         return cls(size=side)
@@ -197,8 +202,10 @@ def _tensors(path: Path, transform: Transform) -> dict[str, Tensor]:
     else:
         what = f"{path.name} is of no known kind"
         raise UsageError(Problem("data", what, "give .zip, .npz, .pt, .safetensors or a folder"))
+    if isinstance(document, list) and _are_batches_of_one_input(document):
+        document = torch.cat(document)
     if isinstance(document, (tuple, list)) and document:
-        document = document[0]
+        document = document[0]  # what follows are labels
     if isinstance(document, Tensor):
         document = {"": document}
     if not isinstance(document, dict) or not document:
@@ -224,6 +231,10 @@ class _Single(dict[str, Any]):
         pass
 
 
+def _are_batches_of_one_input(items: list[Any]) -> bool:
+    return all(map(_is_batch, items)) and len({item.shape[1:] for item in items}) == 1
+
+
 def _is_batch(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and len(value) > 0
 
@@ -234,4 +245,7 @@ def _as_input(value: Tensor, transform: Transform) -> Tensor:
         return value
     if value.shape[-1] in (1, 3):
         value = value.permute(0, 3, 1, 2)
+    if value.shape[1] != len(transform.mean):
+        what = f"images of {value.shape[1]} channels, means and deviations of {len(transform.mean)}"
+        raise UsageError(Problem("data", what, "give one of each a channel (--mean, --std)"))
     return transform.normalised(value.float() / 255)

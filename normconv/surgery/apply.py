@@ -243,6 +243,10 @@ def _step_problems(model: nn.Module, step: Step) -> list[Problem]:
         if step.action not in able:
             what = f"target {step.target} cannot do '{step.action}'"
             problems.append(Problem(step.site, what, f"use one of {list(able)}"))
+    groups = step.options.get("groups")
+    if isinstance(groups, int) and groups > 0 and step.channels % groups:
+        what = f"{step.channels} channels are not divisible into {groups} groups"
+        problems.append(Problem(step.site, what, "name a divisor"))
     for name, span in zip(layers, step.spans or ("",) * len(layers), strict=True):
         problems += _layer_problems(model, step, name, span)
     found = type(model.get_submodule(step.site)).__name__

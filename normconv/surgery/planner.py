@@ -48,7 +48,7 @@ def make_plan(
     Args:
         model: any module with norms that keep statistics. Lazy layers get their shapes from the example
             inputs, on a copy; the plan then fits the model once it was called.
-        to: a target name (``wn``, ``plain``, ``frozen``), rules or a `Recipe`.
+        to: a target name, see the README, rules or a `Recipe`.
         example_inputs: positional inputs, as `torch.export` takes them; shapes count, values do not.
         example_kwargs: keyword inputs.
         include: globs of sites to convert; all by default.

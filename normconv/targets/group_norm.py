@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -53,13 +54,13 @@ class GroupNorm:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.groups != "auto" and (isinstance(self.groups, str) or self.groups < 1):
+        if self.groups != "auto" and (isinstance(self.groups, (str, bool)) or self.groups < 1):
             problems.append(f"groups={self.groups!r} is neither 'auto' nor a number from 1")
         if self.channels_per_group < 0:
             problems.append(f"channels_per_group={self.channels_per_group} is negative")
         if self.groups != "auto" and self.channels_per_group:
             problems.append("groups and channels_per_group say the same thing twice")
-        if self.eps != "auto" and (isinstance(self.eps, str) or not self.eps > 0):
+        if self.eps != "auto" and (isinstance(self.eps, str) or not 0 < self.eps < math.inf):
             problems.append(f"eps={self.eps!r} is neither 'auto' nor a positive number")
         if problems:
             raise UsageError([Problem(f"target {self.name}", what) for what in problems])

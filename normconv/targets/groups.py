@@ -46,24 +46,24 @@ def choose_groups(
     >>> choose_groups(64, (2, 64, 8, 8)).number
     1
     >>> choose_groups(64, (2, 64, 8, 8), channels_per_group=16)
-    Groups(number=4, reason='16 channels a group')
+    Groups(number=4, reason='4 groups of 16 channels')
     >>> choose_groups(64, (2, 64), groups=64)
     Groups(number=4, reason='4 groups instead of 64: a sample has only 1 number a channel')
     """
     if groups is not None:
-        wanted, reason = min(groups, channels), f"{groups} groups"
+        wanted, why = min(groups, channels), ""
     elif channels_per_group is not None:
-        wanted, reason = channels // min(channels_per_group, channels), ""
-        reason = f"{channels_per_group} channels a group"
+        wanted, why = channels // min(channels_per_group, channels), ""
     elif pretrained:
-        wanted, reason = 1, "one group: it stays nearest to trained statistics"
+        wanted, why = 1, ": it stays nearest to trained statistics"
     else:
-        wanted = max(1, channels // _FROM_SCRATCH)
-        reason = f"{_FROM_SCRATCH} channels a group: its statistics are not trained"
+        wanted, why = max(1, channels // _FROM_SCRATCH), ": its statistics are not trained"
     number = next(n for n in range(wanted, 0, -1) if channels % n == 0)
-    if number != wanted:
+    reason = f"{_count(number)} of {channels // number} channels{why}"
+    asked = groups if groups is not None else wanted
+    if number != asked:
         reason = (
-            f"{_count(number)} instead of {wanted}: {channels} channels are not divisible by that"
+            f"{_count(number)} instead of {asked}: {channels} channels are not divisible by that"
         )
     each = prod(shape[2:]) if shape is not None else _FEWEST
     if each * channels < 2:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from normconv.errors import PlanError, Problem
-from normconv.graph import Site, norm_state
-from normconv.graph.rewrite import replace_norm_
+from normconv.graph import Site, couples_in_training, norm_state
+from normconv.graph.rewrite import absorb_norm_, affine_norm_, replace_norm_
 from normconv.layers import MeanOnlyBatchNorm
 from normconv.numerics import Affine
 from normconv.plan import Action, Step
@@ -25,7 +25,8 @@ class WeightNormMeanOnly:
     """y = s x − m + β with s = γ / √(σ² + eps) in a weight-normed layer, and m the mean of s x.
 
     In eval mode m is the running mean, s μ, and the function is that of the BatchNorm. In training mode
-    it is the batch's: samples see each other by their mean, and nothing is divided.
+    it is the batch's: samples see each other by their mean, and nothing is divided. A frozen norm, which
+    never took a batch's mean, becomes what `wn` makes of it.
 
     Source: Salimans & Kingma 2016, section 3.
     """
@@ -53,6 +54,12 @@ class WeightNormMeanOnly:
         state = norm_state(was)
         if isinstance(state, str):
             raise PlanError(Problem(step.site, state))
+        if not couples_in_training(was):  # frozen, or of each sample: it never took a batch's mean
+            if step.action == "fold":
+                absorb_norm_(root, names, step.producers, spans=step.spans, weight_norm=True)
+            else:
+                affine_norm_(root, names)
+            return
         scale = state.affine.scale
         momentum = getattr(was, "momentum", 0.1)
         made = MeanOnlyBatchNorm(
@@ -62,6 +69,8 @@ class WeightNormMeanOnly:
             made.running_mean.copy_(scale * state.mean.double())
             if state.bias is not None:
                 made.bias.copy_(state.bias)
+            if isinstance(seen := getattr(was, "num_batches_tracked", None), torch.Tensor):
+                made.num_batches_tracked.copy_(seen)
         made.bias.requires_grad_(bool(state.bias_trainable))
         before = Affine(scale, torch.zeros_like(scale))
         replace_norm_(root, names, made, before, step.producers, spans=step.spans, weight_norm=True)

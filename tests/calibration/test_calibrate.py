@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -313,6 +314,73 @@ def test_bad_data_is_refused(net: nn.Module, data: Any, said: str) -> None:
         nc.calibrate(model, plan, data, reference=net)
     assert all(problem.way_out for problem in caught.value.problems)
     assert_unchanged(before, model)
+
+
+def test_a_broken_candidate_is_seen(net: nn.Module) -> None:
+    plan, model = converted(net)
+    for poison in (float("nan"), float("inf")):
+        broken = copy.deepcopy(model)
+        with torch.no_grad():
+            broken.head.weight[0, 0] = poison
+        with pytest.raises(CheckFailed, match="finite"):
+            nc.calibrate(broken, plan, DATA, reference=net)
+    zero = copy.deepcopy(net)
+    with torch.no_grad():
+        zero.head.weight.zero_()
+        zero.head.bias.zero_()
+    assert measure_drift(zero, net, (), Batches.of(DATA, net)).output == float("inf")
+
+
+def test_empty_batches_are_left_out(net: nn.Module) -> None:
+    plan, model = converted(net)
+    wanted = nc.calibrate(model, plan, DATA, reference=net).model
+    data = [DATA[0], DATA[0][:0], *DATA[1:]]
+    assert_same_state(nc.calibrate(model, plan, data, reference=net).model, wanted)
+
+
+def test_what_is_asked_for_is_checked_or_refused(net: nn.Module) -> None:
+    plan, model = converted(net)
+    with pytest.raises(UsageError, match="empty"):
+        nc.calibrate(model, plan, DATA, reference=net, held_out=[])
+    with pytest.raises(UsageError, match="no data"):
+        nc.convert(net, "gn", example_inputs=(DATA[0][:2],), min_agreement=0.9)
+    with pytest.raises(UsageError, match="is exact"):
+        nc.convert(net, "wn", example_inputs=(DATA[0][:2],), data=DATA)
+    with pytest.raises(UsageError, match=r"it has images; the model takes x"):
+        nc.calibrate(model, plan, [{"images": DATA[0]}], reference=net)
+    body = nn.Sequential(net.stem, net.bn0)
+    small = nc.make_plan(body, "gn", example_inputs=(DATA[0][:2],))
+    with pytest.raises(CheckFailed, match="class scores"):
+        nc.calibrate(
+            nc.apply_plan(body, small).model, small, DATA, reference=body, min_agreement=0.5
+        )
+
+
+def test_a_graph_is_proved_with_the_trained_statistics(net: nn.Module) -> None:
+    for target in ("gn", "gn+ws"):
+        result = nc.convert(net, target, example_inputs=(DATA[0][:8],), output="graph", data=DATA)
+        assert result.report.passed
+        assert isinstance(result.model, torch.fx.GraphModule)
+
+
+class Same(nn.Conv2d):
+    """Pads by itself, as some libraries' convolutions do."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(nn.functional.pad(input, (0, 1, 0, 1)))
+
+
+def test_layers_with_a_forward_of_their_own_are_not_refitted() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(Same(3, 8, 3, stride=2), nn.BatchNorm2d(8))
+    for batch in DATA:
+        net(batch)
+    plan = nc.make_plan(net.eval(), "gn", example_inputs=(DATA[0][:2],))
+    model = nc.apply_plan(net, plan).model
+    one, two = (
+        nc.calibrate(model, plan, DATA, reference=net, refit=r).model for r in (True, False)
+    )
+    assert_same_state(one, two)
 
 
 def test_models_that_do_not_belong_together_are_refused(net: nn.Module) -> None:

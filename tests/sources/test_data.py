@@ -58,7 +58,9 @@ def test_the_models_own_config_is_used() -> None:
     model.pretrained_cfg = {"mean": (0.1, 0.2, 0.3), "std": (1, 1, 1), "input_size": (3, 64, 64)}
     assert Transform.of(model).mean == (0.1, 0.2, 0.3)
     assert Transform.of(model).size == 64
-    assert Transform.of(model, mean=[0.5, 0.5, 0.5], size=32).size == 32
+    assert Transform.of(model, mean=[0.5] * 3, std=[1] * 3, size=32).size == 32
+    with pytest.raises(UsageError, match="3 means and 0 deviations"):
+        Transform.of(model, mean=[0.5] * 3)
 
 
 def test_arrays_and_tensors(tmp_path: Path) -> None:

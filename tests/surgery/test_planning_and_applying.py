@@ -171,6 +171,7 @@ EDITS = [
     pytest.param({"producers": ("relu",)}, id="a layer that holds nothing"),
     pytest.param({"target": "zz"}, id="a target that is none"),
     pytest.param({"options": {"groups": 2}}, id="an option that is none"),
+    pytest.param({"target": "gn", "options": {"groups": 5}}, id="groups that do not divide"),
     pytest.param({"target": "frozen"}, id="an action that the target does not do"),
 ]
 

@@ -195,6 +195,8 @@ def test_gn_resolves_its_options_by_the_case() -> None:
         {"eps": 0.0},
         {"eps": "small"},
         {"eps": float("nan")},
+        {"eps": float("inf")},
+        {"groups": True},
     ],
 )
 def test_gn_refuses_options_that_make_no_sense(options: dict[str, object]) -> None:
