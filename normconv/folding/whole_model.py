@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,11 +16,12 @@ from normconv.folding.torch_weight_norm import (
     hooked_names,
     parametrized_names,
 )
-from normconv.graph import survey
+from normconv.graph import Names, survey
 from normconv.graph.passes import settle_
-from normconv.graph.rewrite import absorb_norm_, normalizer_name
+from normconv.graph.rewrite import absorb_norm_, normalizer_name, replace_module_
 from normconv.layers import (
     ChannelAffine,
+    Cloned,
     MeanOnlyBatchNorm,
     Reparametrised,
     copy_model,
@@ -72,6 +73,7 @@ def fold(
     """
     # Folding a weight replaces it. Only an affine map is written into a layer that is there already.
     twin = copy_model(model, share_tensors=share_tensors and example_inputs is None)
+    _drop_clones_(twin)
     rows = list(_fold_weights_(twin))
     absorbed: list[dict[str, Any]] = []
     kinds: list[str] = []
@@ -94,6 +96,14 @@ def fold(
         ),
     )
     return Result(twin, report)
+
+
+def _drop_clones_(model: nn.Module) -> None:
+    """Put layers back into the places that they share with a copy of their output."""
+    names = Names(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Cloned) and name:
+            replace_module_(model, (name, *names.aliases(name)), module.get_submodule("layer"))
 
 
 def _fold_weights_(model: nn.Module) -> Iterator[SiteRow]:
@@ -174,18 +184,26 @@ def rebuild(model: nn.Module, history: list[dict[str, Any]]) -> nn.Module:
     for entry in history:
         if "apply" in entry:
             model = apply_plan(model, Plan.from_dict(entry["apply"])).model
-        elif (
-            "calibrate" in entry or "recover" in entry
-        ):  # which change values, and numbers of groups
-            for site, groups in entry.get("calibrate", {}).get("groups", {}).items():
-                norm: Any = model.get_submodule(normalizer_name(model, site))
-                norm.num_groups = groups
-            record(model, entry)
-        else:
-            model = copy_model(model)
+            continue
+        model = copy_model(model)
+        if "clone" in entry:
+            _put_clones_(model, entry["clone"]["layers"])
+        elif "fold" in entry:
+            _drop_clones_(model)
             for _ in _fold_weights_(model):
                 pass
             for absorbed in entry["fold"].get("absorbed", ()):
                 _absorb_(model, absorbed)
-            record(model, entry)
+        # What calibration and recovery changed besides are values.
+        for site, groups in entry.get("calibrate", {}).get("groups", {}).items():
+            norm: Any = model.get_submodule(normalizer_name(model, site))
+            norm.num_groups = groups
+        record(model, entry)
     return model
+
+
+def _put_clones_(model: nn.Module, layers: Iterable[str]) -> None:
+    names = Names(model)
+    for name in layers:
+        cloned = Cloned.of(model.get_submodule(name))
+        replace_module_(model, (name, *names.aliases(name)), cloned)

@@ -3,6 +3,8 @@
 from normconv.layers.absorb import absorb_affine_ as absorb_affine_
 from normconv.layers.absorb import absorb_input_affine_ as absorb_input_affine_
 from normconv.layers.channel_affine import ChannelAffine as ChannelAffine
+from normconv.layers.clone import Clone as Clone
+from normconv.layers.clone import Cloned as Cloned
 from normconv.layers.copying import copy_model as copy_model
 from normconv.layers.mean_only import MeanOnlyBatchNorm as MeanOnlyBatchNorm
 from normconv.layers.operators import kind_of as kind_of

@@ -23,7 +23,8 @@ class GroupNormWS(GroupNorm):
     """`gn`, and w = gain · (v − mean(v)) / std(v) in the layers before the norms.
 
     Without data each filter loses its mean; `calibrate` takes the nearest filter without one, as the
-    inputs of a Conv1d or Conv2d see it (other layers are listed). Stems, depthwise and linear layers keep their plain weights.
+    inputs of a Conv1d or Conv2d see it (other layers are listed). Stems, depthwise and linear layers keep
+    their plain weights.
 
     Args:
         dialect: which standardization: ``timm``, ``qiao``, ``bit`` or ``nf``.
