@@ -126,7 +126,7 @@ def _original(
 ) -> OriginalRuns:
     places = places_in(None, steps)
 
-    moved = [step.site for step in steps if _rounds_its_input(step)]
+    moved = [step.site for step in steps if step.action in ("forward", "affine", "frozen")]
 
     def again() -> Run:
         with _moved_one_ulp_up(original, moved):
@@ -142,12 +142,6 @@ def _original(
         kept = again()
         return OriginalRuns(reference, [own], again=lambda: kept)
     return OriginalRuns(reference, [own], again)
-
-
-def _rounds_its_input(step: Step) -> bool:
-    """Whether what the layer puts out is rounded before the rest of the norm's map is applied to it."""
-    rest_in_slot = step.target in ("gn", "gn+ws", "wn+mobn")
-    return rest_in_slot or step.action in ("forward", "affine", "frozen")
 
 
 def places_in(model: nn.Module | None, steps: Sequence[Step]) -> dict[str, tuple[str, ...]]:
