@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.zoo_judge import CEILING
+
 pytestmark = pytest.mark.zoo
 
 ROOT = Path(__file__).parents[1]
@@ -73,5 +75,6 @@ def test_one_of_every_model_file_is_converted_or_refused_for_a_known_reason(
     assert record["status"] == "converted", record
     for target in record["targets"].values():
         said = target["float64"]
-        assert said["error"] <= 1e-10 or said["error"] <= 4 * said["response"] <= 1e-6
+        # The bound is 1e-10 but for a network that ends in float32, or one that one ulp moves.
+        assert said["error"] <= said["bound"] <= CEILING
         assert said["left"] == 0
