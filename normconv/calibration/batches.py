@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from normconv.errors import Problem, UsageError
 
-__all__ = ["Batches", "Source"]
+__all__ = ["Batches", "DataUse", "Source", "check_use", "notes_of"]
 
 Source = Iterable[Any] | Callable[[], Iterable[Any]]
 _Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+DataUse = Literal["public", "private", "none"]
 
 _ONE_SHOT = "give a DataLoader, a list of batches, or a function that makes a new iterator"
 
@@ -34,6 +37,8 @@ class Batches:
         names: keyword inputs to take of a dict; all for None.
         like: a parameter of the model, whose device all inputs get; None leaves them where they are.
         dtypes: of the model's parameters; a floating input of another one gets that of `like`.
+        seed: of the order of a source that draws it from torch's default generator, as a DataLoader with
+            `shuffle` does: each pass is the same, and the caller's generator is left as it was.
     """
 
     source: Source
@@ -41,6 +46,7 @@ class Batches:
     names: frozenset[str] | None = None
     like: Tensor | None = None
     dtypes: frozenset[torch.dtype] = frozenset()
+    seed: int = 0
 
     @classmethod
     def of(cls, source: Source, model: nn.Module) -> Batches:
@@ -65,8 +71,11 @@ class Batches:
         return cls(source, *_inputs_of(model), like, dtypes)
 
     def __iter__(self) -> Iterator[_Inputs]:
-        batches = self.source() if callable(self.source) else self.source
-        for batch in batches:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            rest = iter(self.source() if callable(self.source) else self.source)
+            first = list(itertools.islice(rest, 1))  # the order is drawn here
+        for batch in itertools.chain(first, rest):
             args, kwargs = self._inputs(batch)
             if not any(_is_empty(value) for value in (*args, *kwargs.values())):
                 yield args, kwargs
@@ -120,6 +129,26 @@ class Batches:
             what = f"every number in it is {lowest:g}"
             raise UsageError(Problem("data", what, "give real inputs: a constant tells nothing"))
         return {"batches": batches, "samples": samples, "sha256": digest.hexdigest()}
+
+
+def check_use(use: DataUse, purpose: str) -> None:
+    """Refuse data where none may touch the weights.
+
+    Raises:
+        UsageError: the use is ``none``, or unknown.
+    """
+    if use not in get_args(DataUse):
+        what = f"{use!r} is unknown"
+        raise UsageError(Problem("data_use", what, f"take one of {', '.join(get_args(DataUse))}"))
+    if use == "none":
+        what = f"no data may touch the weights, and {purpose} sets them by data"
+        raise UsageError(Problem("data_use", what, "leave the data out, or say public or private"))
+
+
+def notes_of(use: DataUse) -> tuple[str, ...]:
+    """Return what a report must say of a use of data."""
+    what = "private data set these weights, and no privacy accountant covered that: account for it"
+    return (what,) if use == "private" else ()
 
 
 def _inputs_of(model: nn.Module) -> tuple[int, frozenset[str] | None]:

@@ -219,25 +219,16 @@ def _endless(batches: Batches, seed: int, start: int) -> Iterator[tuple[int, _In
     step, epoch = 0, 0
     while True:
         source = batches.source
-        epoch_batches = batches
+        epoch_batches = replace(batches, seed=seed + epoch)
         if isinstance(source, (list, tuple)):
             rng = torch.Generator().manual_seed(seed + epoch)
             order = torch.randperm(len(source), generator=rng).tolist()
             epoch_batches = replace(batches, source=[source[index] for index in order])
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + epoch)  # of a DataLoader that shuffles
-            iterator = iter(epoch_batches)
-            first = next(iterator)
-        for inputs in _chained(first, iterator):
+        for inputs in epoch_batches:
             if step >= start:
                 yield step, inputs
             step += 1
         epoch += 1
-
-
-def _chained(first: _Inputs, rest: Iterator[_Inputs]) -> Iterator[_Inputs]:
-    yield first
-    yield from rest
 
 
 def _look(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from normconv.numerics import evaluating
 
-__all__ = ["Seen", "run_until"]
+__all__ = ["Partial", "Seen", "run_until"]
 
 Seen = Callable[[str, Tensor], None]
 
@@ -71,3 +71,27 @@ def run_until(
         with suppress(_FarEnough):
             model(*args, **kwargs)
     return counted
+
+
+class Partial:
+    """What modules of a model get on each batch, from passes that end where the last has been called.
+
+    Args:
+        model: its weights may change from pass to pass.
+        places: names of modules, each with the site that its inputs are wanted for.
+    """
+
+    def __init__(self, model: nn.Module, places: Mapping[str, str]) -> None:
+        self.model, self.places = model, places
+        self.calls: Mapping[str, int] = dict.fromkeys(places, 0)
+
+    def inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+        """Return the inputs of each site, one of each call, in one pass."""
+        found: dict[str, list[Tensor]] = {site: [] for site in self.places.values()}
+
+        def seen(name: str, value: Tensor) -> None:
+            # The layer after may work in place on what is kept here.
+            found[self.places[name]].append(value.clone())
+
+        self.calls = run_until(self.model, args, kwargs, self.calls, seen)
+        return found

@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normconv.calibration.patches import filters_of, patches_of, weight_of
 from normconv.calibration.ranks import of_all_ranks
 from normconv.graph import NormState
 from normconv.layers import WeightStandardized, layout_of
-from normconv.numerics import apply_affine, fit_filters, standard_gain
+from normconv.numerics import Second, apply_affine, fit_filters, second_of, standard_gain
 
-__all__ = ["Refit", "can_refit", "refit_"]
+__all__ = ["Fitted", "Refit", "refit_"]
 
 _ROWS = 32  # patches for each element of a filter
 _MOST_ROWS = 2**15
-_LARGEST = 8192  # elements of a filter: its covariance then takes 512 MiB
 _POOR = 4  # patches for each element below which the covariance is a guess
+
+
+class Fitted(NamedTuple):
+    """What a refit says of its layer.
+
+    Args:
+        lost: the share of the output's variance that goes with the mean of the filters.
+        patches: how many were seen.
+        poor: a warning where they were few; empty where they were not.
+    """
+
+    lost: float
+    patches: int
+    poor: str
+
+    @property
+    def snr_db(self) -> float:
+        """Signal-to-noise ratio that the loss predicts at the layer's output: −10 log10 of it."""
+        return -10 * math.log10(self.lost) if self.lost > 0 else math.inf
 
 
 @dataclass
@@ -37,8 +56,7 @@ class Refit:
     state: NormState
     batches: int
     wanted: bool
-    patches: list[Tensor] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
+    seen: list[Second] = field(default_factory=list)
 
     def add(self, x: Tensor, before: Tensor | None) -> None:
         """Take in one batch.
@@ -47,88 +65,61 @@ class Refit:
             x: the layer's input.
             before: the input of the original's norm, where the layer's output stands.
         """
-        patches = _patches(self.layer, x)
-        rows = min(_MOST_ROWS, _ROWS * patches.shape[2]) // max(1, self.batches) + 1
-        # Not every k-th: those of a few columns of the image are not like the others.
-        rng = torch.Generator().manual_seed(0)
-        chosen = torch.randperm(patches.shape[1], generator=rng)[:rows].to(x.device)
-        self.patches.append(patches[:, chosen])
+        n = filters_of(self.layer, _v_of(self.layer)).shape[2]
+        rows = min(_MOST_ROWS, _ROWS * n) // max(1, self.batches) + 1
+        patches, chosen = patches_of(self.layer, x, rows)
+        outputs: list[Tensor | None] = [None] * len(patches)
         if self.wanted and before is not None:
-            target = apply_affine(before.double(), self.state.standardizing)
-            self.outputs.append(target.movedim(1, -1).flatten(0, -2)[chosen].float())
+            there = before.movedim(1, -1).flatten(0, -2)[chosen].double()
+            target = apply_affine(there, self.state.standardizing)
+            outputs = list(target.chunk(len(patches), 1))
+        found = [second_of(*pair) for pair in zip(patches, outputs, strict=True)]
+        self.seen = _added(self.seen, found)
 
     def put_together(self) -> None:
         """Add what other processes gathered of the layer, on all of them."""
-        parts = of_all_ranks((self.patches, self.outputs))
-        self.patches = [patch for patches, _ in parts for patch in patches]
-        self.outputs = [output for _, outputs in parts for output in outputs]
+        parts, self.seen = of_all_ranks(self.seen), []
+        for part in parts:
+            self.seen = _added(self.seen, part)
 
 
-def can_refit(layer: nn.Module) -> bool:
-    """Say whether the layer's patches can be read off: Linear, Conv1d and Conv2d.
-
-    >>> can_refit(nn.Conv2d(4, 4, 3)), can_refit(nn.ConvTranspose2d(4, 4, 3))
-    (True, False)
-    """
-    weight = layer._parameters.get("weight", layer._parameters.get("weight_v"))
-    if weight is None or not isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):
-        return False
-    # A forward of the user's may see other patches: one that pads by itself, or scales.
-    forward = "forward" not in vars(layer) and type(layer).forward in _KNOWN
-    return forward and 1 < weight[0].numel() <= _LARGEST
+def _added(one: list[Second], other: list[Second]) -> list[Second]:
+    if not one or not other:
+        return one or other
+    return [mine + theirs for mine, theirs in zip(one, other, strict=True)]
 
 
-_KNOWN = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward)
-
-
-def _patches(layer: nn.Module, x: Tensor) -> Tensor:
-    """The inputs of each output number, (groups, rows, n); rows in the order (N, *positions)."""
-    if isinstance(layer, nn.Linear):
-        return x.reshape(1, -1, x.shape[-1])
-    assert isinstance(layer, (nn.Conv1d, nn.Conv2d))
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-    kernel, dilation, stride = layer.kernel_size, layer.dilation, layer.stride
-    if isinstance(layer, nn.Conv1d):
-        x, kernel, dilation, stride = x.unsqueeze(2), (1, *kernel), (1, *dilation), (1, *stride)
-    columns = F.unfold(x, kernel, dilation, 0, stride)
-    split: Tensor = columns.unflatten(1, (layer.groups, -1))
-    return split.permute(1, 0, 3, 2).flatten(1, 2)
+def _v_of(layer: nn.Module) -> Tensor:
+    v: Any = layer.weight_v if isinstance(layer, WeightStandardized) else layer.weight
+    assert isinstance(v, Tensor)
+    return v
 
 
 @torch.no_grad()
-def refit_(refit: Refit) -> tuple[float, str]:
-    """Write the fitted filters into the layer; return the share of variance lost, and a warning.
+def refit_(refit: Refit) -> Fitted:
+    """Write the fitted filters into the layer, in place; say what the lost mean costs.
 
     The bias takes what the patches' mean asks for. A standardized layer gets v and the gain with which
     its weight is the fitted one.
     """
     layer: Any = refit.layer
-    groups, standardized = len(refit.patches[0]), isinstance(layer, WeightStandardized)
+    standardized, weight = isinstance(layer, WeightStandardized), _v_of(layer)
     # Without outputs the filter that is wanted is the one before it lost its mean, which v still is.
-    weight: Tensor = layer.weight_v if standardized else layer.weight
-    start: Tensor = layer.weight if refit.outputs else weight
-    rows = start.detach().flatten(1).unflatten(0, (groups, -1))
-    biases = layer.bias.detach().unflatten(0, (groups, -1))
-    fits = []
-    for group in range(groups):
-        x = torch.cat([part[group] for part in refit.patches])
-        size = rows.shape[1]
-        y = None
-        if refit.outputs:
-            y = torch.cat(refit.outputs)[:, group * size : (group + 1) * size]
-        fits.append(fit_filters(x, rows[group], biases[group], y, zero_mean=standardized))
-    fitted = torch.cat([fit.weight for fit in fits]).reshape(weight.shape)
-    weight.copy_(fitted)
+    outputs = refit.seen[0].xy is not None
+    rows = filters_of(layer, (layer.weight if outputs else weight).detach())
+    biases = layer.bias.detach().unflatten(0, (len(rows), -1))
+    fits = [
+        fit_filters(seen, filters, bias, zero_mean=standardized)
+        for seen, filters, bias in zip(refit.seen, rows, biases, strict=True)
+    ]
+    weight.copy_(weight_of(layer, torch.stack([fit.weight for fit in fits]), weight))
     layer.bias.copy_(torch.cat([fit.bias for fit in fits]))
     if standardized:
         layout = layout_of(layer)
         assert layout is not None
         gain = standard_gain(weight, layout, layer.dialect)
         layer.weight_gain.copy_(gain.reshape(layer.weight_gain.shape))
+    count, n = refit.seen[0].number, rows.shape[2]
+    what = f"{count} patches for filters of {n} elements: give more data"
     lost = float(torch.cat([fit.lost for fit in fits]).mean())
-    count, n = sum(part.shape[1] for part in refit.patches), rows.shape[2]
-    poor = (
-        f"{count} patches for filters of {n} elements: give more data" if count < _POOR * n else ""
-    )
-    return lost, poor
+    return Fitted(lost, count, what if count < _POOR * n else "")

@@ -7,15 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from normconv.calibration.batches import Batches, Source
+from normconv.calibration.batches import Batches, DataUse, Source, check_use, notes_of
 from normconv.calibration.drift import Drift, measure_drift, summary
+from normconv.calibration.kept import Cache, Reader, original_inputs
 from normconv.calibration.matching import Match, candidates, match_
 from normconv.calibration.order import independent_groups
-from normconv.calibration.passes import run_until
+from normconv.calibration.passes import Partial
+from normconv.calibration.patches import can_refit
 from normconv.calibration.ranks import of_all_ranks
-from normconv.calibration.refit import Refit, can_refit, refit_
+from normconv.calibration.refit import Fitted, Refit, refit_
 from normconv.errors import CheckFailed, Problem, UsageError
 from normconv.graph import Names, NormState, norm_state
 from normconv.graph.rewrite import normalizer_name
@@ -37,21 +39,23 @@ class _Run:
     Args:
         model: changed in place.
         reference: the original.
+        original: reads what the reference's norms get.
         data: inputs.
         batches: how many there are, over all processes.
         refit: whether layers are fitted to what the original puts out.
         groups: numbers of groups.
-        lost: shares of variance that standardization costs.
+        fits: what the refits of the layers before them say.
         notes: warnings.
     """
 
     model: nn.Module
     reference: nn.Module
+    original: Reader
     data: Batches
     batches: int
     refit: bool
     groups: dict[str, int] = field(default_factory=dict)
-    lost: dict[str, float] = field(default_factory=dict)
+    fits: dict[str, Fitted] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def carry_out(self, steps: Sequence[Step], progress: Progress | None) -> None:
@@ -62,8 +66,9 @@ class _Run:
         for done, sites in enumerate(order):
             here = [step_of[site] for site in sites]
             for site, layer in self._refits(here).items():
-                self.lost[site], poor = refit_(layer)
-                self.notes += [f"{site}: {poor}"] * bool(poor)
+                self.fits[site] = refit_(layer)
+                if poor := self.fits[site].poor:
+                    self.notes.append(f"{site}: {poor}")
             for site, match in self._matches(here).items():
                 if match.wanted is not None:
                     self.groups[site], _ = match_(match)
@@ -88,13 +93,10 @@ class _Run:
                 layers[step.producers[0]] = step.site
         if not found:
             return {}
-        before: dict[str, list[Tensor]] = {}
-        calls: dict[str, int] = dict.fromkeys(found, 0)
-        for args, kwargs in self.data:
-            if self.refit:
-                same = {site: site for site in found}
-                before, calls = _inputs_at(self.reference, same, args, kwargs, calls)
-            inputs, calls = _inputs_at(self.model, layers, args, kwargs, calls)
+        original, converted = self.original(list(found)), Partial(self.model, layers)
+        for batch, (args, kwargs) in enumerate(self.data):
+            before = original(batch, args, kwargs) if self.refit else {}
+            inputs = converted.inputs(args, kwargs)
             for site, each in found.items():
                 for place, x in enumerate(inputs[site]):
                     each.add(x, before[site][place] if self.refit else None)
@@ -111,12 +113,10 @@ class _Run:
             if isinstance(norm, nn.GroupNorm) and isinstance(state, NormState):
                 tried = candidates(norm, bool(step.options.get("search")))
                 matches[step.site] = Match(norm, state, tried)
-        same = {site: site for site in matches}
         places = {normalizer_name(self.model, site): site for site in matches}
-        calls: dict[str, int] = dict.fromkeys(matches, 0)
-        for args, kwargs in self.data:
-            before, calls = _inputs_at(self.reference, same, args, kwargs, calls)
-            after, _ = _inputs_at(self.model, places, args, kwargs, calls)
+        original, converted = self.original(list(matches)), Partial(self.model, places)
+        for batch, (args, kwargs) in enumerate(self.data):
+            before, after = original(batch, args, kwargs), converted.inputs(args, kwargs)
             for site, match in matches.items():
                 for one, other in zip(before[site], after[site], strict=True):
                     match.add(one, other)
@@ -134,6 +134,8 @@ def calibrate(
     held_out: Source | None = None,
     min_agreement: float | None = None,
     refit: bool = True,
+    cache: Cache = "none",
+    data_use: DataUse = "public",
     progress: Progress | None = None,
 ) -> Result:
     """Return a copy of a converted model whose norms match the original's moments on unlabelled data.
@@ -155,6 +157,9 @@ def calibrate(
         refit: also fit the weights before the norms, by ridge regression toward what they were, to what
             the original puts out there; without it only γ and β are set (and standardized weights get
             the filter nearest to theirs that has no mean).
+        cache: ``disk`` keeps what the original's norms get in a temporary folder: a pass of the original
+            over the data instead of two for each group of sites, and room for all those activations.
+        data_use: ``private`` says so in the report, with what it means; ``none`` refuses.
         progress: called with the number of groups of sites done and in all.
 
     Under `torch.distributed` each process goes through its own data, and all get the result of all.
@@ -173,6 +178,7 @@ def calibrate(
     >>> report.facts["data"]["samples"]
     16
     """
+    check_use(data_use, "calibrate")
     steps = _sampled(model, plan)
     _check_pair(model, reference, plan, steps)
     twin = copy_model(model)
@@ -184,15 +190,22 @@ def calibrate(
         measured.checked()
     _check_runs(reference, model, measured)
     before = measure_drift(reference, model, plan.steps, measured)
-    found = _Run(twin, reference, batches, sum(of_all_ranks(used["batches"])), refit)
-    found.carry_out(steps, progress)
+    sites, count = [step.site for step in steps], sum(of_all_ranks(used["batches"]))
+    with original_inputs(reference, sites, batches, cache) as original:
+        found = _Run(twin, reference, original, batches, count, refit)
+        found.carry_out(steps, progress)
     after = measure_drift(reference, twin, plan.steps, measured)
     done = replace(plan, steps=tuple(_with_groups(step, found.groups) for step in plan.steps))
-    used = {**used, "purpose": "calibrate", "refit": refit}
+    used = {**used, "purpose": "calibrate", "use": data_use, "refit": refit}
     record(twin, {"calibrate": {"groups": found.groups, "data": used}})
     report = _report(done, before, after, used, held_out is not None, min_agreement)
-    lost = {"variance lost to standardization": found.lost} if any(found.lost.values()) else {}
-    report = report.extended(facts=lost, notes=tuple(found.notes))
+    lost = {
+        site: {"variance": fit.lost, "snr_db": fit.snr_db}
+        for site, fit in found.fits.items()
+        if fit.lost
+    }
+    predicted = {"predicted loss by standardization": lost} if lost else {}
+    report = report.extended(facts=predicted, notes=(*found.notes, *notes_of(data_use)))
     if not report.passed:
         raise CheckFailed(report, twin)
     return Result(twin, report)
@@ -237,24 +250,6 @@ def _check_runs(original: nn.Module, candidate: nn.Module, data: Batches) -> Non
     except Exception as reason:  # the forward is the user's, and so is the data
         what = f"the model does not run on it ({type(reason).__name__}: {reason})"
         raise UsageError(Problem("data", what, "give batches of the model's own inputs")) from None
-
-
-def _inputs_at(
-    model: nn.Module,
-    places: Mapping[str, str],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    calls: Mapping[str, int],
-) -> tuple[dict[str, list[Tensor]], dict[str, int]]:
-    """The inputs of modules in one pass, by site, and how often each was called."""
-    found: dict[str, list[Tensor]] = {site: [] for site in places.values()}
-
-    def seen(name: str, value: Tensor) -> None:
-        # The layer after may work in place on what is kept here.
-        found[places[name]].append(value.clone())
-
-    counted = run_until(model, args, kwargs, {n: calls[s] for n, s in places.items()}, seen)
-    return found, {site: counted[name] for name, site in places.items()}
 
 
 def _with_groups(step: Step, groups: Mapping[str, int]) -> Step:

@@ -15,7 +15,9 @@ from normconv.numerics.modes import state_kept as state_kept
 from normconv.numerics.moments import Moments as Moments
 from normconv.numerics.moments import moments_of as moments_of
 from normconv.numerics.projection import Fit as Fit
+from normconv.numerics.projection import Second as Second
 from normconv.numerics.projection import fit_filters as fit_filters
+from normconv.numerics.projection import second_of as second_of
 from normconv.numerics.pullback import Pullback as Pullback
 from normconv.numerics.pullback import norm_pullback as norm_pullback
 from normconv.numerics.pullback import standard_pullback as standard_pullback
@@ -34,6 +36,7 @@ from normconv.numerics.standardization import standard_gain as standard_gain
 from normconv.numerics.standardization import standard_weight as standard_weight
 from normconv.numerics.standardization import true_standard_weight as true_standard_weight
 from normconv.numerics.weight_norm import GainDirection as GainDirection
+from normconv.numerics.weight_norm import log_gains as log_gains
 from normconv.numerics.weight_norm import normed_weight as normed_weight
 from normconv.numerics.weight_norm import split_weight as split_weight
 from normconv.numerics.weight_norm import split_weight_ as split_weight_

@@ -7,7 +7,56 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Fit", "fit_filters"]
+__all__ = ["Fit", "Second", "fit_filters", "second_of"]
+
+
+class Second(NamedTuple):
+    """Means and sums of centred products of patches x and outputs y; two of them add up.
+
+    Args:
+        number: how many patches.
+        x: their mean, (n,) float64.
+        xx: Σ (x − mean)(x − mean)ᵀ, (n, n).
+        y: the mean of the outputs, (O,); None without outputs.
+        xy: Σ (x − mean)(y − mean)ᵀ, (n, O).
+
+    Source: Chan, Golub & LeVeque 1983, equation 2.1, for products.
+    """
+
+    number: int
+    x: Tensor
+    xx: Tensor
+    y: Tensor | None = None
+    xy: Tensor | None = None
+
+    def __add__(self, other: Second) -> Second:  # type: ignore[override]
+        if not self.number or not other.number:
+            return other if not self.number else self
+        number = self.number + other.number
+        part, far = other.number / number, other.x - self.x
+        weight = self.number * part
+        xx = self.xx + other.xx + weight * torch.outer(far, far)
+        if self.y is None or self.xy is None or other.y is None or other.xy is None:
+            return Second(number, self.x + part * far, xx)
+        off = other.y - self.y
+        xy = self.xy + other.xy + weight * torch.outer(far, off)
+        return Second(number, self.x + part * far, xx, self.y + part * off, xy)
+
+
+def second_of(x: Tensor, y: Tensor | None = None) -> Second:
+    """Return the sums of patches (rows, n) and outputs (rows, O), in float64.
+
+    >>> sums = second_of(torch.tensor([[1.0], [3.0]])) + second_of(torch.tensor([[5.0]]))
+    >>> sums.number, sums.x.item(), sums.xx.item()
+    (3, 3.0, 8.0)
+    """
+    x = x.detach().double()
+    mean = x.mean(0)
+    centred = x - mean
+    if y is None:
+        return Second(len(x), mean, centred.T @ centred)
+    y = y.detach().double()
+    return Second(len(x), mean, centred.T @ centred, y.mean(0), centred.T @ (y - y.mean(0)))
 
 
 class Fit(NamedTuple):
@@ -26,10 +75,9 @@ class Fit(NamedTuple):
 
 
 def fit_filters(
-    x: Tensor,
+    seen: Second,
     weight: Tensor,
     bias: Tensor,
-    y: Tensor | None = None,
     *,
     zero_mean: bool = False,
     ridge: float = 1e-2,
@@ -43,10 +91,9 @@ def fit_filters(
     (1ᵀw)² / 1ᵀp of variance; taking the mean off each element would cost (1ᵀw)² 1ᵀC1 / n², never less.
 
     Args:
-        x: patches, (rows, n).
+        seen: sums of patches x and wanted outputs y, or without y for those of the weight itself.
         weight: (O, n).
         bias: (O,).
-        y: wanted outputs, (rows, O); None for those of the weight itself.
         zero_mean: whether each filter must sum to 0.
         ridge: how far to trust few patches; 0 takes them as they are.
 
@@ -54,25 +101,26 @@ def fit_filters(
         under 1ᵀw' = 0.
 
     >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
-    >>> fit = fit_filters(x, torch.tensor([[2.0, 1.0]]), torch.zeros(1), zero_mean=True, ridge=0.0)
+    >>> weight, bias = torch.tensor([[2.0, 1.0]]), torch.zeros(1)
+    >>> fit = fit_filters(second_of(x), weight, bias, zero_mean=True, ridge=0.0)
     >>> fit.weight.tolist(), fit.bias.tolist()
     ([[0.5, -0.5]], [1.5])
     """
-    x, weight, bias = x.double(), weight.double(), bias.double()
-    n = x.shape[1]
-    mean = x.mean(0)
-    centred = x - mean
-    covariance = centred.T @ centred / len(x)
+    weight, bias = weight.double(), bias.double()
+    n = len(seen.x)
+    covariance = seen.xx / seen.number
     scale = covariance.diagonal().mean()
     # A layer whose inputs are constant has no covariance, and any filter is as good as any other.
     level = torch.clamp(ridge * scale, min=1e-12 * float(scale) + 1e-300)
-    system = covariance + level * torch.eye(n, dtype=x.dtype, device=x.device)
-    right = torch.ones(n, 1, dtype=x.dtype, device=x.device)
-    if y is not None:
-        missing = y.double() - (x @ weight.T + bias)
-        right = torch.cat([right, centred.T @ (missing - missing.mean(0)) / len(x)], 1)
-    solved = _solve(system, right)
-    fitted = weight if y is None else weight + solved[:, 1:].T
+    system = covariance + level * torch.eye(n, dtype=weight.dtype, device=weight.device)
+    right = torch.ones(n, 1, dtype=weight.dtype, device=weight.device)
+    fitted, at_mean = weight, weight @ seen.x + bias
+    if seen.xy is not None and seen.y is not None:
+        missing = seen.xy / seen.number - covariance @ weight.T
+        solved = _solve(system, torch.cat([right, missing], 1))
+        fitted, at_mean = weight + solved[:, 1:].T, seen.y
+    else:
+        solved = _solve(system, right)
     lost = torch.zeros_like(bias)
     if zero_mean:
         p = solved[:, 0]
@@ -80,8 +128,7 @@ def fit_filters(
         sums = fitted.sum(1)
         lost = (sums**2 / p.sum() / variance).clamp(0, 1)
         fitted = fitted - torch.outer(sums / p.sum(), p)
-    at_mean = weight @ mean + bias if y is None else y.double().mean(0)
-    return Fit(fitted, at_mean - fitted @ mean, lost)
+    return Fit(fitted, at_mean - fitted @ seen.x, lost)
 
 
 def _solve(system: Tensor, right: Tensor) -> Tensor:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -245,8 +249,9 @@ def test_standardized_weights_lose_their_mean_and_little_else(net: nn.Module) ->
     result = nc.calibrate(model, plan, DATA, reference=net, held_out=HELD_OUT, refit=False)
     facts = result.report.facts
     assert facts["after"]["agreement"] > facts["before"]["agreement"] + 0.1
-    lost = facts["variance lost to standardization"]
-    assert all(0 <= share < 0.3 for share in lost.values())
+    lost = facts["predicted loss by standardization"]
+    assert len(lost) == 3
+    assert all(0 < told["variance"] < 0.3 for told in lost.values())
     for layer in (result.model.left, result.model.right, result.model.twice):
         assert isinstance(layer, WeightStandardized)
         assert layer.weight.flatten(1).mean(1).abs().max() < 1e-6
@@ -269,6 +274,57 @@ def test_agreement_can_be_asked_for(net: nn.Module) -> None:
     with pytest.raises(CheckFailed, match="agreement") as caught:
         nc.calibrate(model, plan, DATA, reference=net, min_agreement=1.01)
     assert caught.value.report.facts["after"]["samples"] == 256
+
+
+def test_activations_kept_on_disk_give_the_same(
+    net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    plan, model = converted(net, groups=4)
+    wanted = nc.calibrate(model, plan, DATA, reference=net)
+    runs = []
+    handle = net.register_forward_hook(lambda *_: runs.append(1))
+    got = nc.calibrate(model, plan, DATA, reference=net, cache="disk")
+    kept = len(runs)
+    nc.calibrate(model, plan, DATA, reference=net)
+    handle.remove()
+    assert_same_state(got.model, wanted.model)
+    assert kept < len(runs) - kept  # fewer passes of the original
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**10))
+    with pytest.raises(UsageError, match=r"cache: a batch takes \d+ MiB, and after 0 batches"):
+        nc.calibrate(model, plan, DATA, reference=net, cache="disk")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UsageError, match="take none or disk"):
+        nc.calibrate(model, plan, DATA, reference=net, cache="memory")  # type: ignore[arg-type]
+
+
+def test_whose_data_it_was_is_told(net: nn.Module) -> None:
+    plan, model = converted(net, groups=4)
+    public = nc.calibrate(model, plan, DATA, reference=net)
+    assert public.report.facts["data"]["use"] == "public"
+    private = nc.calibrate(model, plan, DATA, reference=net, data_use="private")
+    assert history_of(private.model)[-1]["calibrate"]["data"]["use"] == "private"
+    told = [note for note in private.report.notes if "privacy accountant" in note]
+    assert len(told) == 1
+    assert not any("privacy accountant" in note for note in public.report.notes)
+    for use, what in (("none", "calibrate sets them by data"), ("secret", "public, private, none")):
+        with pytest.raises(UsageError, match=what):
+            nc.calibrate(model, plan, DATA, reference=net, data_use=use)  # type: ignore[arg-type]
+
+
+def test_a_loader_that_shuffles_gives_the_same_and_leaves_the_generator(net: nn.Module) -> None:
+    plan, model = converted(net, groups=4)
+    loader = DataLoader(TensorDataset(torch.cat(DATA)), batch_size=16, shuffle=True)
+    told = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        told.append(nc.calibrate(model, plan, loader, reference=net))
+        assert torch.equal(before, torch.get_rng_state())
+    assert_same_state(told[0].model, told[1].model)
+    digests = [each.report.facts["data"]["sha256"] for each in told]
+    assert digests[0] == digests[1]
 
 
 # --- bad input ------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from normconv.numerics import fit_filters
+from normconv.numerics import fit_filters, relative_l2, second_of
 
 
 def patches(rows: int = 4000, n: int = 9) -> torch.Tensor:
@@ -16,7 +16,7 @@ def patches(rows: int = 4000, n: int = 9) -> torch.Tensor:
 def test_without_ridge_it_is_least_squares() -> None:
     x = patches()
     y = torch.randn(len(x), 3).double() + x[:, :3] * 2
-    fit = fit_filters(x, torch.randn(3, 9), torch.randn(3), y, ridge=0.0)
+    fit = fit_filters(second_of(x, y), torch.randn(3, 9), torch.randn(3), ridge=0.0)
     wanted = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1).double()], 1), y).solution
     assert torch.allclose(fit.weight, wanted[:-1].T, atol=1e-8)
     assert torch.allclose(fit.bias, wanted[-1], atol=1e-8)
@@ -25,7 +25,7 @@ def test_without_ridge_it_is_least_squares() -> None:
 
 def test_no_filter_without_a_mean_is_nearer() -> None:
     x, weight, bias = patches(), torch.randn(3, 9).double(), torch.randn(3).double()
-    fit = fit_filters(x, weight, bias, zero_mean=True, ridge=0.0)
+    fit = fit_filters(second_of(x), weight, bias, zero_mean=True, ridge=0.0)
     assert fit.weight.sum(1).abs().max() < 1e-9
     outputs = x @ weight.T + bias
 
@@ -49,7 +49,7 @@ def test_few_or_constant_patches_stay_finite_and_near(zero_mean: bool) -> None:
     weight, bias = torch.randn(3, 9), torch.randn(3)
     for x in (patches(4), torch.ones(50, 9), torch.zeros(50, 9)):
         y = x.double() @ weight.double().T + bias
-        fit = fit_filters(x, weight, bias, y, zero_mean=zero_mean)
+        fit = fit_filters(second_of(x, y), weight, bias, zero_mean=zero_mean)
         assert fit.weight.isfinite().all()
         assert fit.bias.isfinite().all()
         if not zero_mean:
@@ -59,6 +59,24 @@ def test_few_or_constant_patches_stay_finite_and_near(zero_mean: bool) -> None:
 def test_ridge_keeps_what_was_there() -> None:
     x, weight = patches(40), torch.randn(2, 9).double()
     y = torch.randn(40, 2).double()
-    far = fit_filters(x, weight, torch.zeros(2), y, ridge=1e-6).weight - weight
-    near = fit_filters(x, weight, torch.zeros(2), y, ridge=10.0).weight - weight
+    seen = second_of(x, y)
+    far = fit_filters(seen, weight, torch.zeros(2), ridge=1e-6).weight - weight
+    near = fit_filters(seen, weight, torch.zeros(2), ridge=10.0).weight - weight
     assert near.norm() < 0.5 * far.norm()
+
+
+@pytest.mark.parametrize("outputs", [False, True])
+def test_sums_of_parts_are_the_sums_of_all(outputs: bool) -> None:
+    """Parts whose means are far apart, which sums that are not centred would lose digits to."""
+    x = patches(60) + 1e6 * torch.arange(60).div(20, rounding_mode="floor")[:, None]
+    y = torch.randn(60, 3).double() if outputs else None
+    parts = [
+        second_of(p, None if y is None else y[i * 20 : i * 20 + 20])
+        for i, p in enumerate(x.split(20))
+    ]
+    together, whole = parts[0] + parts[1] + parts[2], second_of(x, y)
+    assert together.number == whole.number
+    for got, wanted in zip(together[1:], whole[1:], strict=True):
+        assert (got is None) == (wanted is None)
+        if got is not None and wanted is not None:
+            assert relative_l2(got, wanted) < 1e-9
