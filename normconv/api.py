@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from normconv.calibration import calibrate
-from normconv.calibration.batches import Source
+from normconv.calibration import Lesson, Progress, calibrate_and_recover
+from normconv.calibration.batches import DataUse, Source, check_use
+from normconv.calibration.kept import Cache
 from normconv.errors import CaptureError, CheckFailed, Problem, UsageError
 from normconv.graph import trace
 from normconv.graph.passes import FunctionalNormsToModules
@@ -26,6 +27,7 @@ from normconv.proof import prove as prove_models
 from normconv.report import Report
 from normconv.sources import example_inputs as inputs_for
 from normconv.surgery import (
+    Layers,
     Result,
     apply_plan,
     apply_plan_,
@@ -53,10 +55,16 @@ def convert(
     strict: bool = True,
     drop_unreached: bool = False,
     at: str = "",
+    layers: Layers | None = None,
     output: Literal["module", "graph"] = "module",
     data: Source | None = None,
     held_out: Source | None = None,
     min_agreement: float | None = None,
+    recover: int | Lesson = 0,
+    recover_data: Source | None = None,
+    data_use: DataUse = "public",
+    cache: Cache = "none",
+    progress: Callable[[str], Progress] | None = None,
 ) -> Result:
     """Return a copy of the model with its norms rewritten, proved to compute the same.
 
@@ -65,7 +73,7 @@ def convert(
     their shapes from them.
 
     Args:
-        model: any module with BatchNorm; not changed.
+        model: any module with BatchNorm, or with ``wn`` any with layers that have weights; not changed.
         to: a target name (``wn``, ``wn+mobn``, ``plain``, ``frozen``, ``gn``, ``gn+ws``), rules, a
             `Recipe`, or a `Plan` to carry out.
         example_inputs: positional inputs; None takes the model's own config, else what its first
@@ -79,10 +87,16 @@ def convert(
         at: the name of a submodule: only its norms are converted, and only it need be traceable. The
             inputs are still those of the whole model. The proof is made on what the submodule gets
             there, and on the whole model's outputs where that repeats itself.
+        layers: which layers ``wn`` reparametrises, ``normed`` or ``all``, see `make_plan`.
         output: ``graph`` returns an `fx.GraphModule` rewritten by FX passes.
         data: unlabelled batches; norms of a ``gn`` target are calibrated on them, see `calibrate`.
         held_out: other batches, to measure how near the result is to the original.
         min_agreement: the least share of samples with the original's top-1, where there is data.
+        recover: steps that the calibrated model is then taught by the original, or a whole `Lesson`.
+        recover_data: batches for that; None for `data`, which should then be more than a few.
+        data_use: see `calibrate`.
+        cache: see `calibrate`.
+        progress: makes of ``calibrate`` or ``recover`` a function of steps done and in all.
 
     Raises:
         PlanError: some norm cannot be converted; names each, with the reason and the way out.
@@ -104,9 +118,13 @@ def convert(
             Problem("at", 'it goes with output="module"', "convert the submodule alone")
         )
     _check_at(to, at)
-    if data is None and (held_out is not None or min_agreement is not None):
-        what = "there is no data: nothing would be calibrated or measured"
-        raise UsageError(Problem("held_out, min_agreement", what, "give data= (--calib)"))
+    measures = (held_out, min_agreement, recover or None, recover_data)
+    if data is None and any(each is not None for each in measures):
+        what = "there is no data: nothing would be calibrated, taught or measured"
+        where = "held_out, min_agreement, recover"
+        raise UsageError(Problem(where, what, "give data= (--calib)"))
+    if data is not None:
+        check_use(data_use, "calibrate")
     args, kwargs, origin = _inputs_of(model, example_inputs, example_kwargs)
     notes = _lazy_notes(model)
     model = materialised(model, args, kwargs)
@@ -125,6 +143,7 @@ def convert(
             strict=strict,
             drop_unreached=drop_unreached,
             at=at,
+            layers=layers,
         )
     if data is not None and all(step.fidelity == "exact" for step in plan.converted):
         what = f"{plan.target} is exact: there is nothing to calibrate"
@@ -138,42 +157,20 @@ def convert(
     result = prove_conversion(model, result, plan, args, kwargs, origin=origin, traced=traced)
     give_back_memory()
     if data is None:
-        return result
-    return _calibrated(result, plan, data, traced or model, held_out, min_agreement)
-
-
-def _calibrated(
-    result: Result,
-    plan: Plan,
-    data: Source,
-    original: nn.Module,
-    held_out: Source | None,
-    min_agreement: float | None,
-) -> Result:
-    """Calibrate what was proved, and report both."""
-    try:
-        model, after = calibrate(
-            result.model,
-            plan,
-            data,
-            reference=original,
-            held_out=held_out,
-            min_agreement=min_agreement,
-        )
-    except CheckFailed as error:
-        error.report = _both(result.report, error.report)
-        raise
-    return Result(model, _both(result.report, after))
-
-
-def _both(proved: Report, calibrated: Report) -> Report:
-    """The report of a conversion with what calibration adds."""
-    rows = zip(proved.sites, calibrated.sites, strict=True)
-    sites = tuple(replace(new, error=old.error, bound=old.bound) for old, new in rows)
-    more = proved.extended(
-        sites=sites, checks=calibrated.checks, facts=calibrated.facts, notes=calibrated.notes
+        return result._replace(report=result.report.extended(facts={"data": "none"}))
+    return calibrate_and_recover(
+        result,
+        plan,
+        data,
+        reference=traced or model,
+        held_out=held_out,
+        min_agreement=min_agreement,
+        lesson=Lesson(steps=recover) if isinstance(recover, int) else recover,
+        lesson_data=recover_data,
+        data_use=data_use,
+        cache=cache,
+        progress=progress,
     )
-    return replace(more, plan=calibrated.plan)
 
 
 def prove_conversion(
@@ -217,6 +214,7 @@ def convert_(
     strict: bool = True,
     drop_unreached: bool = False,
     at: str = "",
+    layers: Layers | None = None,
     prove: bool = True,
 ) -> Result:
     """Rewrite the norms of the model itself, as `convert` does on a copy, without the memory of a copy.
@@ -238,6 +236,7 @@ def convert_(
         at: the name of a submodule: only its norms are converted, and only it need be traceable. The
             inputs are still those of the whole model. The proof is made on what the submodule gets
             there, and on the whole model's outputs where that repeats itself.
+        layers: which layers ``wn`` reparametrises, ``normed`` or ``all``, see `make_plan`.
         prove: compare; without it nothing is run, and the report says so.
 
     Raises:
@@ -272,6 +271,7 @@ def convert_(
             strict=strict,
             drop_unreached=drop_unreached,
             at=at,
+            layers=layers,
         )
     check_plan(shaped, plan, in_place=True)
     if shaped is not model:

@@ -3,7 +3,11 @@
 from normconv.calibration.batches import Batches as Batches
 from normconv.calibration.distillation import recover as recover
 from normconv.calibration.drift import Drift as Drift
+from normconv.calibration.drift import Progress as Progress
 from normconv.calibration.drift import measure_drift as measure_drift
 from normconv.calibration.drift import wilson_interval as wilson_interval
 from normconv.calibration.lessons import Lesson as Lesson
+from normconv.calibration.ranks import Share as Share
+from normconv.calibration.ranks import join_processes as join_processes
 from normconv.calibration.sequential import calibrate as calibrate
+from normconv.calibration.together import calibrate_and_recover as calibrate_and_recover

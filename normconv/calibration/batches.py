@@ -11,8 +11,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from normconv.errors import Problem, UsageError
+from normconv.graph.tracing import tensors_in
 
 __all__ = ["Batches", "DataUse", "Source", "check_use", "notes_of"]
 
@@ -77,7 +79,7 @@ class Batches:
             first = list(itertools.islice(rest, 1))  # the order is drawn here
         for batch in itertools.chain(first, rest):
             args, kwargs = self._inputs(batch)
-            if not any(_is_empty(value) for value in (*args, *kwargs.values())):
+            if not any(_is_empty(tensor) for _, tensor in tensors_in((args, kwargs))):
                 yield args, kwargs
 
     def _inputs(self, batch: Any) -> _Inputs:
@@ -85,18 +87,25 @@ class Batches:
             names = batch.keys() if self.names is None else batch.keys() & self.names
             if not names:
                 keys, known = ", ".join(map(str, batch)), ", ".join(sorted(self.names or ()))
-                raise UsageError(Problem("data", f"it has {keys}; the model takes {known}"))
+                what = f"it has {keys}; the model takes {known}"
+                raise UsageError(
+                    Problem("data", what, "a dict that is one input goes into a tuple")
+                )
             return (), {name: self._placed(batch[name]) for name in batch if name in names}
         if isinstance(batch, (tuple, list)):
             return tuple(self._placed(item) for item in batch[: self.positional]), {}
         return (self._placed(batch),), {}
 
     def _placed(self, value: Any) -> Any:
-        if not isinstance(value, Tensor) or self.like is None:
+        like = self.like
+        if like is None:
             return value
-        cast = value.is_floating_point() and value.dtype not in self.dtypes
-        dtype = self.like.dtype if cast else value.dtype
-        return value.to(device=self.like.device, dtype=dtype)
+
+        def place(tensor: Tensor) -> Tensor:
+            cast = tensor.is_floating_point() and tensor.dtype not in self.dtypes
+            return tensor.to(device=like.device, dtype=like.dtype if cast else tensor.dtype)
+
+        return pytree.tree_map_only(Tensor, place, value)
 
     def checked(self) -> dict[str, Any]:
         """Go through all of it once; return what a report says of it.
@@ -110,7 +119,7 @@ class Batches:
         digest, batches, samples = hashlib.sha256(), 0, 0
         lowest, highest = float("inf"), -float("inf")
         for args, kwargs in self:
-            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            tensors = [tensor for _, tensor in tensors_in((args, kwargs))]
             for tensor in tensors:
                 if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                     raise UsageError(
@@ -167,5 +176,5 @@ def _inputs_of(model: nn.Module) -> tuple[int, frozenset[str] | None]:
 _LABELS = ("label", "labels", "target", "targets")  # with these some models put out a loss
 
 
-def _is_empty(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and not len(value)
+def _is_empty(tensor: Tensor) -> bool:
+    return tensor.dim() > 0 and not len(tensor)

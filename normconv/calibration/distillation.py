@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normconv.calibration.batches import Batches, Source
-from normconv.calibration.drift import Drift, measure_drift, summary
-from normconv.calibration.lessons import Lesson, State, digest_of, resume_, write_state
-from normconv.calibration.ranks import of_all_ranks
+from normconv.calibration.batches import Batches, DataUse, Source, check_use, notes_of
+from normconv.calibration.drift import Drift, Progress, measure_drift, summary
+from normconv.calibration.lessons import Lesson, State, digest_of, is_there, resume_, write_state
+from normconv.calibration.teaching import floats_of, teach_
 from normconv.errors import CheckFailed, Problem, UsageError
 from normconv.layers import copy_model
 from normconv.numerics import evaluating
-from normconv.plan import record
-from normconv.proof import flat_outputs
+from normconv.plan import Plan, Step, history_of, record
 from normconv.report import Check, Report
 from normconv.surgery import Result
 
 __all__ = ["recover"]
-
-Progress = Callable[[int, int], None]
-_Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def recover(
@@ -41,6 +35,7 @@ def recover(
     lesson: Lesson | None = None,
     min_agreement: float | None = None,
     checkpoint: str | Path | None = None,
+    data_use: DataUse = "public",
     progress: Progress | None = None,
 ) -> Result:
     """Return a copy of a converted model that was taught to put out what the original does.
@@ -60,6 +55,7 @@ def recover(
         lesson: learning rate, temperature, how often to look, and so on.
         min_agreement: the least share with the same top-1 at the end.
         checkpoint: a file that is written at each look and resumed from, to the same result.
+        data_use: ``private`` says so in the report, with what it means; ``none`` refuses.
         progress: called with steps done and in all.
 
     Raises:
@@ -76,22 +72,28 @@ def recover(
     >>> report.facts["steps"]
     3
     """
+    check_use(data_use, "recover")
     lesson = lesson or Lesson()
     if steps is not None:
         lesson = replace(lesson, steps=steps)
     twin = copy_model(student)
     batches = Batches.of(data, teacher)
-    used = {**batches.checked(), "purpose": "recover"}
+    used = {**batches.checked(), "purpose": "recover", "use": data_use}
     judged = Batches.of(held_out if held_out is not None else _first(batches), teacher)
     judged.checked()
     _check_outputs(teacher, twin, batches)
-    before = measure_drift(teacher, student, (), judged)
+    steps_of = _converted(student, teacher)
+    before = measure_drift(teacher, student, steps_of, judged, scores=lesson.scores)
     start = State(best=_score(before), seen=[(0, _share(before))])
     start.subject = digest_of(student, teacher) + used["sha256"]
-    state = _taught_(twin, teacher, batches, judged, lesson, start, checkpoint, progress)
-    after = measure_drift(teacher, twin, (), judged)
+    sites = [step.site for step in steps_of]
+    state = _Taught(twin, teacher, batches, judged, lesson).taught_(
+        start, sites, checkpoint, progress
+    )
+    after = measure_drift(teacher, twin, steps_of, judged, scores=lesson.scores)
     record(twin, {"recover": {"data": used, "lesson": asdict(lesson)}})
     report = _report(twin, before, after, used, state, held_out is not None, min_agreement)
+    report = report.extended(notes=notes_of(data_use))
     if not report.passed:
         raise CheckFailed(report, twin)
     return Result(twin, report)
@@ -115,8 +117,8 @@ def _check_outputs(teacher: nn.Module, student: nn.Module, batches: Batches) -> 
     args, kwargs = next(iter(batches))
     try:
         with evaluating(teacher), evaluating(student):
-            expected = _floats(teacher(*args, **kwargs))
-            got = _floats(student(*args, **kwargs))
+            expected = floats_of(teacher(*args, **kwargs))
+            got = floats_of(student(*args, **kwargs))
     except Exception as reason:  # the forward is the user's, and so is the data
         what = f"a model does not run on it ({type(reason).__name__}: {reason})"
         raise UsageError(Problem("data", what, "give batches of the models' inputs")) from None
@@ -126,127 +128,70 @@ def _check_outputs(teacher: nn.Module, student: nn.Module, batches: Batches) -> 
         raise UsageError(Problem("teacher", what, "give the model that the student was made of"))
 
 
-def _floats(outputs: Any) -> dict[str, Tensor]:
-    return {n: t for n, t in flat_outputs(outputs).items() if t.is_floating_point()}
+def _converted(student: nn.Module, teacher: nn.Module) -> list[Step]:
+    """The sites of the student's own plan that eval mode calls and both models still have."""
+    plans = [entry["apply"] for entry in history_of(student) if "apply" in entry]
+    steps = [step for plan in plans for step in Plan.from_dict(plan).converted]
+    both = set(dict(student.named_modules())) & set(dict(teacher.named_modules()))
+    return [step for step in steps if step.phase == "eval" and step.site in both]
 
 
-def _taught_(
-    student: nn.Module,
-    teacher: nn.Module,
-    batches: Batches,
-    judged: Batches,
-    lesson: Lesson,
-    state: State,
-    checkpoint: str | Path | None,
-    progress: Progress | None,
-) -> State:
-    """Teach the student in place; leave it at its best."""
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    if not parameters:
-        raise UsageError(Problem("student", "no parameter of it is trained", "set requires_grad"))
-    optimizer = torch.optim.Adam(parameters, lr=lesson.lr)
-    best = {name: t.clone() for name, t in student.state_dict().items()}
-    if checkpoint is not None and Path(checkpoint).exists():
-        state, best = resume_(Path(checkpoint), student, optimizer, lesson, state.subject)
-    flags = {name: module.training for name, module in student.named_modules()}
-    for step, (args, kwargs) in _endless(batches, lesson.seed, state.step):
-        if step >= lesson.steps or state.waited >= lesson.patience:
-            break
-        for group in optimizer.param_groups:
-            group["lr"] = lesson.lr * lesson.rate(step)
-        loss = _loss(student.eval(), teacher, args, kwargs, lesson)
-        if not all(of_all_ranks(bool(loss.isfinite()))):
-            state.best_step = -1
-            break
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        _average_gradients_(parameters)
-        optimizer.step()
-        state.step = step + 1
-        if progress is not None:
-            progress(state.step, lesson.steps)
-        if state.step % lesson.every == 0 or state.step == lesson.steps:
-            best = _look(student, teacher, judged, state, best)
-            if checkpoint is not None:
+@dataclass
+class _Taught:
+    """A student, changed in place, and what it is taught by and judged by."""
+
+    student: nn.Module
+    teacher: nn.Module
+    batches: Batches
+    judged: Batches
+    lesson: Lesson
+
+    def taught_(
+        self,
+        state: State,
+        sites: list[str],
+        checkpoint: str | Path | None,
+        progress: Progress | None,
+    ) -> State:
+        """Teach it, or go on; leave it at its best."""
+        student, lesson = self.student, self.lesson
+        parameters = [p for p in student.parameters() if p.requires_grad]
+        if not parameters:
+            what = "no parameter of it is trained"
+            raise UsageError(Problem("student", what, "set requires_grad"))
+        optimizer = torch.optim.Adam(parameters, lr=lesson.lr)
+        best = {name: t.clone() for name, t in student.state_dict().items()}
+        if checkpoint is not None and is_there(checkpoint):
+            state, best = resume_(Path(checkpoint), student, optimizer, lesson, state.subject)
+        flags = {name: module.training for name, module in student.named_modules()}
+
+        def after_step(look: bool) -> None:
+            nonlocal best
+            if progress is not None:
+                progress(state.step, lesson.steps)
+            if look:
+                best = self._look(state, best)
+            if look and checkpoint is not None:
                 write_state(Path(checkpoint), student, optimizer, state, best, lesson)
-    student.load_state_dict(best)
-    for name, module in student.named_modules():
-        module.training = flags[name]
-    student.zero_grad(set_to_none=True)
-    return state
 
+        teach_(student, self.teacher, self.batches, lesson, state, optimizer, sites, after_step)
+        student.load_state_dict(best)
+        for name, module in student.named_modules():
+            module.training = flags[name]
+        student.zero_grad(set_to_none=True)
+        return state
 
-def _average_gradients_(parameters: list[nn.Parameter]) -> None:
-    """Under `torch.distributed` all processes teach one student."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
-        parameter.grad /= dist.get_world_size()
-
-
-def _loss(
-    student: nn.Module,
-    teacher: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    lesson: Lesson,
-) -> Tensor:
-    with evaluating(teacher):
-        wanted = _floats(teacher(*args, **kwargs))
-    device = next(student.parameters()).device.type
-    with torch.autocast(device, dtype=torch.bfloat16, enabled=lesson.amp):
-        got = _floats(student(*args, **kwargs))
-    losses = [
-        _distance(got[name].float(), t.float(), lesson.temperature, lesson.scores)
-        for name, t in wanted.items()
-    ]
-    return torch.stack(losses).sum()
-
-
-def _distance(got: Tensor, wanted: Tensor, temperature: float, scores: bool) -> Tensor:
-    if scores and wanted.dim() == 2 and wanted.shape[1] > 1:
-        target = F.log_softmax(wanted / temperature, 1)
-        ours = F.log_softmax(got / temperature, 1)
-        return F.kl_div(ours, target, log_target=True, reduction="batchmean") * temperature**2
-    return F.mse_loss(got, wanted) / wanted.square().mean().clamp_min(1e-12)
-
-
-def _endless(batches: Batches, seed: int, start: int) -> Iterator[tuple[int, _Inputs]]:
-    """Batches by step, in an order that depends on the seed alone; a list is shuffled, epoch by epoch."""
-    step, epoch = 0, 0
-    while True:
-        source = batches.source
-        epoch_batches = replace(batches, seed=seed + epoch)
-        if isinstance(source, (list, tuple)):
-            rng = torch.Generator().manual_seed(seed + epoch)
-            order = torch.randperm(len(source), generator=rng).tolist()
-            epoch_batches = replace(batches, source=[source[index] for index in order])
-        for inputs in epoch_batches:
-            if step >= start:
-                yield step, inputs
-            step += 1
-        epoch += 1
-
-
-def _look(
-    student: nn.Module,
-    teacher: nn.Module,
-    judged: Batches,
-    state: State,
-    best: dict[str, Tensor],
-) -> dict[str, Tensor]:
-    """Measure the student; return its weights if they are the best so far, else those that are."""
-    drift = measure_drift(teacher, student, (), judged)
-    score = _score(drift)
-    state.seen.append((state.step, _share(drift)))
-    if score > state.best:
-        state.best, state.best_step, state.waited = score, state.step, 0
-        return {name: t.detach().clone() for name, t in student.state_dict().items()}
-    state.waited += 1
-    return best
+    def _look(self, state: State, best: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Measure the student; return its weights if they are the best so far, else those that are."""
+        scores = self.lesson.scores
+        drift = measure_drift(self.teacher, self.student, (), self.judged, scores=scores)
+        score = _score(drift)
+        state.seen.append((state.step, _share(drift)))
+        if score > state.best:
+            state.best, state.best_step, state.waited = score, state.step, 0
+            return {name: t.detach().clone() for name, t in self.student.state_dict().items()}
+        state.waited += 1
+        return best
 
 
 def _score(drift: Drift) -> float:

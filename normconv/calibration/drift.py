@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +16,17 @@ from normconv.plan import Step
 from normconv.proof import evaluate, record_outputs
 from normconv.report import Check
 
-__all__ = ["Agreement", "Drift", "SiteDrift", "measure_drift", "summary", "wilson_interval"]
+__all__ = [
+    "Agreement",
+    "Drift",
+    "Progress",
+    "SiteDrift",
+    "measure_drift",
+    "summary",
+    "wilson_interval",
+]
+
+Progress = Callable[[int, int], None]
 
 _Z = 1.959963984540054  # of a two-sided 95 % interval
 
@@ -131,7 +141,12 @@ class _Tally(NamedTuple):
 
 
 def measure_drift(
-    original: nn.Module, candidate: nn.Module, steps: Sequence[Step], data: Batches
+    original: nn.Module,
+    candidate: nn.Module,
+    steps: Sequence[Step],
+    data: Batches,
+    *,
+    scores: bool = True,
 ) -> Drift:
     """Run both models in eval mode over the data and compare sites and outputs; neither is changed.
 
@@ -142,13 +157,18 @@ def measure_drift(
         candidate: converted by a plan of these steps.
         steps: whose sites are compared.
         data: inputs; under `torch.distributed` those of this process, and the result is that of all.
+        scores: whether the first output of shape (N, classes) is one of class scores.
     """
-    tally, *others = of_all_ranks(_tallied(original, candidate, steps, data))
+    tally, *others = of_all_ranks(_tallied(original, candidate, steps, data, scores))
     return tally.drift(*others)
 
 
 def _tallied(
-    original: nn.Module, candidate: nn.Module, steps: Sequence[Step], data: Batches
+    original: nn.Module,
+    candidate: nn.Module,
+    steps: Sequence[Step],
+    data: Batches,
+    scores: bool,
 ) -> _Tally:
     names = [step.site for step in steps if step.phase == "eval"]
     sites = {name: _Sums() for name in names}
@@ -169,10 +189,10 @@ def _tallied(
         for name, value in expected.items():
             if value.is_floating_point() and name in got:
                 output = output.with_values(value, got[name])
-        scores = next((n for n, t in expected.items() if _are_scores(t) and n in got), "")
-        if scores:
-            same += int((expected[scores].argmax(1) == got[scores].argmax(1)).sum())
-            samples += len(expected[scores])
+        alike = (n for n, t in expected.items() if scores and _are_scores(t) and n in got)
+        if name := next(alike, ""):
+            same += int((expected[name].argmax(1) == got[name].argmax(1)).sum())
+            samples += len(expected[name])
     return _Tally(sites, output, same, samples)
 
 

@@ -8,14 +8,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from normconv.calibration.ranks import of_all_ranks, rank
 from normconv.errors import Problem, UsageError
 from normconv.files import atomic_path
 
-__all__ = ["Lesson", "State", "digest_of", "resume_", "write_state"]
+__all__ = ["Lesson", "State", "digest_of", "is_there", "resume_", "write_state"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Lesson:
         temperature: of both softmaxes, where outputs are class scores.
         every: steps between looks at the agreement.
         patience: looks without a better agreement before it stops.
+        features: weight of the mean over the converted sites of the squared difference of their outputs,
+            relative to the teacher's.
         scores: take outputs of shape (N, classes) for class scores, whose common offset says nothing; say
             False for a regression.
         amp: autocast the student to bfloat16.
@@ -39,6 +43,7 @@ class Lesson:
     temperature: float = 2.0
     every: int = 50
     patience: int = 8
+    features: float = 0.0
     scores: bool = True
     amp: bool = False
     seed: int = 0
@@ -81,7 +86,9 @@ def write_state(
     best: Mapping[str, Tensor],
     lesson: Lesson,
 ) -> None:
-    """Write a checkpoint, whole or not at all."""
+    """Write a checkpoint, whole or not at all; of several processes the first one does."""
+    if rank() != 0:
+        return
     document = {
         "student": student.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -91,6 +98,11 @@ def write_state(
     }
     with atomic_path(path) as temporary:
         torch.save(document, temporary)
+
+
+def is_there(path: str | Path) -> bool:
+    """Say whether the first process sees such a file: all must go the same way."""
+    return of_all_ranks(Path(path).exists())[0]
 
 
 def resume_(
@@ -106,7 +118,10 @@ def resume_(
         UsageError: it cannot be read, or is of another lesson, student, teacher or data.
     """
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        read = of_all_ranks(_read(path) if rank() == 0 else {})[0]
+        if isinstance(read, Exception):
+            raise read
+        found: dict[str, Any] = read
         if found["lesson"] != asdict(lesson):
             raise ValueError("it is of another lesson")
         if found["state"]["subject"] != subject:
@@ -119,3 +134,11 @@ def resume_(
             Problem(os.fspath(path), what, "delete it, or give another name")
         ) from None
     return State(**found["state"]), found["best"]
+
+
+def _read(path: Path) -> Any:
+    """The checkpoint, or why not: other processes wait for either."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as reason:
+        return reason

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from normconv.calibration.batches import Batches, DataUse, Source, check_use, notes_of
-from normconv.calibration.drift import Drift, measure_drift, summary
+from normconv.calibration.drift import Drift, Progress, measure_drift, summary
 from normconv.calibration.kept import Cache, Reader, original_inputs
 from normconv.calibration.matching import Match, candidates, match_
 from normconv.calibration.order import independent_groups
@@ -28,8 +28,6 @@ from normconv.report import Check, Report
 from normconv.surgery import Result
 
 __all__ = ["calibrate"]
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -20,6 +20,7 @@ from normconv.cli.common import (
     check_outputs,
     command,
     emit,
+    is_main_process,
     out_path,
     report_path,
     reporting,
@@ -31,7 +32,9 @@ from normconv.errors import Problem, UsageError
 if TYPE_CHECKING:
     from torch import nn
 
+    from normconv.calibration import Share
     from normconv.plan import Plan
+    from normconv.report import Report
 
 __all__ = ["DataOptions", "calibrate", "progress_of", "recover"]
 
@@ -48,6 +51,10 @@ class DataOptions:
         size: of the square that images are cropped to.
         held_out: other data, to measure on.
         min_agreement: the least share of samples with the original's top-1.
+        data_use: whose the data is.
+        cache: whether the original's activations are kept on disk.
+        device: what to compute on.
+        plot: a PNG file of drift by depth.
     """
 
     batch: Annotated[int, typer.Option("--batch-size", min=1, help="Samples a batch.")] = 64
@@ -71,9 +78,37 @@ class DataOptions:
             "--min-agreement", min=0, max=1, help="Exit 1 below this share of same top-1."
         ),
     ] = None
+    data_use: Annotated[
+        str,
+        typer.Option(
+            "--data-use",
+            help="public; private: the report says that no accountant covered it; none: refuse.",
+        ),
+    ] = "public"
+    cache: Annotated[
+        str,
+        typer.Option("--cache", help="disk keeps the original's activations there: fewer passes."),
+    ] = "none"
+    device: Annotated[
+        str,
+        typer.Option("--device", help="To compute on; auto takes a GPU where there is one."),
+    ] = "auto"
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="PNG", help="Also draw the drift of each norm by depth."),
+    ] = None
 
-    def open(self, spec: str | None, model: nn.Module) -> Any:
-        """Open data for a model; None for none."""
+    def join(self) -> Share:
+        """Join the processes started together, and say what part of the data is this one's."""
+        from normconv.calibration import join_processes
+        from normconv.report.drift_plot import check_plot_path
+
+        if self.plot is not None:
+            check_plot_path(self.plot)
+        return join_processes(self.device)
+
+    def open(self, spec: str | None, model: nn.Module, share: Share, *, at_least: int = 0) -> Any:
+        """Open data for a model, of it at least so many samples; None for none."""
         if spec is None:
             return None
         from normconv.sources import Transform, open_data
@@ -81,7 +116,18 @@ class DataOptions:
         transform = Transform.of(
             model, _numbers("--mean", self.mean), _numbers("--std", self.std), self.size
         )
-        return open_data(spec, transform=transform, batch=self.batch, limit=self.limit)
+        part = (share.rank, share.processes)
+        limit = max(self.limit, at_least)
+        return open_data(spec, transform=transform, batch=self.batch, limit=limit, share=part)
+
+    def draw(self, report: Report) -> dict[str, str]:
+        """Draw what was asked for; return what was written."""
+        if self.plot is None or not is_main_process():
+            return {}
+        from normconv.report import plot_drift
+
+        plot_drift(report, self.plot)
+        return {"plot": str(self.plot)}
 
 
 def _numbers(option: str, text: str) -> list[float]:
@@ -97,7 +143,7 @@ def _numbers(option: str, text: str) -> list[float]:
 def progress_of(text: str, *, as_json: bool) -> Iterator[Callable[[int, int], None] | None]:
     """Show a bar on a terminal, a line at each tenth elsewhere; on standard error."""
     console = Console(stderr=True)
-    if as_json:
+    if as_json or not is_main_process():
         yield None
     elif console.is_terminal:
         with Progress(console=console) as bar:
@@ -141,8 +187,9 @@ def calibrate(
     with _pair(source, data_options, reference, data, ".calibrated.pt", out) as pair:
         from normconv.calibration import calibrate as calibrate_model
 
-        plan = _plan_of(pair.opened)
-        pair.result = calibrate_model(pair.opened.model, plan, pair.data, **pair.common)
+        plan, cache = _plan_of(pair.opened), cast(Any, data_options.cache)
+        model = pair.opened.model
+        pair.result = calibrate_model(model, plan, pair.data, cache=cache, **pair.common)
 
 
 @command
@@ -154,6 +201,9 @@ def recover(
     out: Out = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Batches to learn from.")] = 400,
     lr: Annotated[float, typer.Option("--lr", help="The largest learning rate.")] = 1e-3,
+    features: Annotated[
+        float, typer.Option("--features", min=0, help="Weight of the outputs of converted norms.")
+    ] = 0.0,
     amp: Annotated[
         bool, typer.Option("--amp", help="Compute in bfloat16 where that is safe.")
     ] = False,
@@ -170,7 +220,7 @@ def recover(
         from normconv.calibration import recover as recover_model
 
         pair.common["teacher"] = pair.common.pop("reference")
-        lesson = Lesson(steps=steps, lr=lr, amp=amp)
+        lesson = Lesson(steps=steps, lr=lr, features=features, amp=amp)
         student, keywords = pair.opened.model, {**pair.common, "lesson": lesson}
         pair.result = recover_model(student, data=pair.data, checkpoint=checkpoint, **keywords)
 
@@ -197,28 +247,33 @@ def _pair(
     """Open both models and the data, show a bar, and write what the block made."""
     path = out_path(source.source, suffix, out)
     check_outputs(
-        source.source, ("--out", path, MODEL), ("the report", report_path(path), (".json",))
+        source.source,
+        ("--out", path, MODEL),
+        ("the report", report_path(path), (".json",)),
     )
+    share = options.join()
     opened = source.open()
+    opened.model.to(share.device)
     with stage(f"load {reference}", as_json=source.as_json):
         from normconv.sources import open_source
 
         trust = tuple(source.trust or ())
-        original = open_source(reference, **source.checkpoint, trust=trust).model
+        original = open_source(reference, **source.checkpoint, trust=trust).model.to(share.device)
     common = {
         "reference": original,
-        "held_out": options.open(options.held_out, original),
+        "held_out": options.open(options.held_out, original, share),
         "min_agreement": options.min_agreement,
+        "data_use": options.data_use,
     }
-    pair = _Pair(opened, options.open(data, original), common)
+    pair = _Pair(opened, options.open(data, original, share), common)
     text = suffix.split(".")[1]
     with reporting(path, opened.describe), progress_of(text, as_json=source.as_json) as progress:
         common["progress"] = progress
         yield pair
     model, report = pair.result
     report = opened.describe(report)
-    save_or_reject(model, report, path)
-    files = {"model": str(path), "report": str(report_path(path))}
+    save_or_reject(model.cpu(), report, path)
+    files = {"model": str(path), "report": str(report_path(path)), **options.draw(report)}
     emit(report.extended(facts={"written": files}), as_json=source.as_json)
 
 

@@ -21,6 +21,7 @@ from normconv.report import Report
 from normconv.report.terminal import print_error, print_report
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from normconv.sources import Inputs, Loaded
@@ -37,6 +38,7 @@ __all__ = [
     "check_outputs",
     "command",
     "emit",
+    "is_main_process",
     "options_from",
     "out_path",
     "report_path",
@@ -99,8 +101,15 @@ def _print_failure(error: NormconvError, as_json: bool) -> None:
     print_error(Console(stderr=True), error)
 
 
+def is_main_process() -> bool:
+    """Say whether this process prints and writes: of several that were started together, the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def emit(report: Report, *, as_json: bool, all_sites: bool = False) -> None:
     """Print a report as tables, or as JSON alone."""
+    if not is_main_process():
+        return
     if as_json:
         typer.echo(report.to_json())
     else:
@@ -111,7 +120,7 @@ def emit(report: Report, *, as_json: bool, all_sites: bool = False) -> None:
 def stage(text: str, *, as_json: bool = False) -> Iterator[None]:
     """Show what is being done: a spinner on a terminal, a line elsewhere; on standard error."""
     console = Console(stderr=True)
-    if as_json:
+    if as_json or not is_main_process():
         yield
     elif console.is_terminal:
         with console.status(text):
@@ -139,6 +148,11 @@ class Opened:
     def model(self) -> nn.Module:
         """The model."""
         return self.loaded.model
+
+    def to(self, device: torch.device) -> Opened:
+        """Move model (the same one) and inputs."""
+        self.model.to(device)
+        return replace(self, inputs=self.inputs.to(device))
 
     def describe(self, report: Report) -> Report:
         """Put where model and inputs come from at the head of a report."""
@@ -257,6 +271,8 @@ def save_or_reject(model: nn.Module, report: Report, path: Path) -> None:
     """
     from normconv.sources import save
 
+    if not is_main_process():
+        return
     document = report_path(path)
     if report.passed:
         save(model, path)

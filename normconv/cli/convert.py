@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from normconv.cli.calibrate import DataOptions
+from normconv.cli.calibrate import DataOptions, progress_of
 from normconv.cli.common import (
     MODEL,
     At,
@@ -128,6 +130,15 @@ def convert(
             "--calib", metavar="DATA", help="Unlabelled inputs to calibrate a gn target on."
         ),
     ] = None,
+    recover: Annotated[
+        int,
+        typer.Option(
+            "--recover",
+            min=0,
+            metavar="STEPS",
+            help="Then teach it by the original, on more of it.",
+        ),
+    ] = 0,
     output: Annotated[
         str, typer.Option("--output", help="module keeps the class; graph gives an fx.GraphModule.")
     ] = "module",
@@ -162,7 +173,11 @@ def convert(
         report = opened.describe(made.report("plan"))
         emit(report, as_json=source.as_json, all_sites=all_sites)
         return
-    with reporting(path, opened.describe), stage("convert and prove", as_json=source.as_json):
+    with (
+        reporting(path, opened.describe),
+        stage("convert and prove", as_json=source.as_json or calib is not None),
+        _on_data(data_options, calib, recover, opened, source.as_json) as (opened, data),
+    ):
         from normconv.api import convert as convert_model
 
         model, report = convert_model(
@@ -171,20 +186,52 @@ def convert(
             example_inputs=opened.inputs.args,
             example_kwargs=opened.inputs.kwargs,
             output="graph" if output == "graph" else "module",
-            data=data_options.open(calib, opened.model),
-            held_out=data_options.open(data_options.held_out, opened.model),
-            min_agreement=data_options.min_agreement,
+            **data,
             **recipe.keywords,
         )
     report = opened.describe(report)
     with stage(f"write {path}", as_json=source.as_json):
-        save_or_reject(model, report, path)
-    files = {"model": str(path), "report": str(report_path(path))}
+        save_or_reject(model.cpu(), report, path)
+    files = {"model": str(path), "report": str(report_path(path)), **data_options.draw(report)}
     if onnx is not None:
         with stage(f"export {onnx}", as_json=source.as_json):
             report = _exported(opened, model, onnx, report)
         files["onnx"] = str(onnx)
     emit(report.extended(facts={"written": files}), as_json=source.as_json, all_sites=all_sites)
+
+
+@contextmanager
+def _on_data(
+    options: DataOptions, calib: str | None, steps: int, opened: Opened, as_json: bool
+) -> Iterator[tuple[Opened, dict[str, Any]]]:
+    """Open the data there is; give the model where it is computed, and what `convert` takes of this."""
+    if calib is None:
+        if steps or options.held_out or options.plot:
+            raise UsageError("--recover, --held-out and --plot go with --calib DATA")
+        yield opened, {"min_agreement": options.min_agreement}
+        return
+    share = options.join()
+    opened = opened.to(share.device)
+    with ExitStack() as bars:
+
+        def progress(text: str) -> Any:
+            bars.close()  # one bar after the other
+            return bars.enter_context(progress_of(text, as_json=as_json))
+
+        lesson = options.open(calib, opened.model, share, at_least=steps * options.batch)
+        yield (
+            opened,
+            {
+                "data": options.open(calib, opened.model, share),
+                "held_out": options.open(options.held_out, opened.model, share),
+                "min_agreement": options.min_agreement,
+                "recover": steps,
+                "recover_data": lesson if steps else None,
+                "data_use": options.data_use,
+                "cache": options.cache,
+                "progress": progress,
+            },
+        )
 
 
 def _exported(opened: Opened, model: nn.Module, path: Path, report: Report) -> Report:

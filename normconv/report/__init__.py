@@ -1,5 +1,6 @@
 """Rows, checks and reports, as data and on a terminal. Loads no torch."""
 
+from normconv.report.drift_plot import plot_drift as plot_drift
 from normconv.report.report import Check as Check
 from normconv.report.report import Report as Report
 from normconv.report.report import SiteRow as SiteRow

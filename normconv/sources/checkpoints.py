@@ -16,6 +16,7 @@ from normconv.errors import LoadError, Problem, UsageError
 __all__ = ["Found", "candidates", "choose", "load_strictly", "modules_in"]
 
 _WRAPPERS = ("module", "_module", "_orig_mod")
+_AVERAGES = "n_averaged"  # what torch's AveragedModel has beside its `module`
 _CONVENTIONAL = (
     "state_dict", "model_state_dict", "model", "net", "network", "generator", "weights", "params",
     "module", "model_state", "student", "G", "netG",
@@ -148,7 +149,7 @@ def rename(
     """Take the marks of wrappers (DataParallel, torch.compile, Opacus) out of the names.
 
     A name that the model has as it stands is left alone; a model that is wrapped itself gets its
-    own marks.
+    own marks. The count of an `AveragedModel` goes with its mark.
 
     Returns:
         The tensors by the model's names, and the marks taken out.
@@ -166,6 +167,8 @@ def rename(
             name = bare.get(stripped, stripped)
             marks |= dict.fromkeys(found)
         renamed[name if name not in renamed else key] = value
+    if "module." in marks and _AVERAGES not in expected:
+        renamed.pop(_AVERAGES, None)
     return renamed, tuple(marks)
 
 

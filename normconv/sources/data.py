@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import io
+import itertools
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ __all__ = ["Transform", "open_data"]
 _IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _SEED = 0
+_KEPT = 2**30  # bytes
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,15 @@ class _Images:
                 raise LoadError(Problem(str(self.path), what, "say what to crop to: --size 224"))
             yield torch.stack(made)
 
+    def kept(self) -> Any:
+        """The batches decoded, where they are small; else as they are."""
+        batches = iter(self)
+        first = list(itertools.islice(batches, 1))
+        size = sum(batch.numel() * batch.element_size() for batch in first)
+        if size * (len(self.names) / self.batch) > _KEPT:
+            return self
+        return [*first, *batches]
+
     def _image(self, read: Callable[[str], bytes], name: str) -> Tensor:
         from PIL import Image, UnidentifiedImageError
 
@@ -124,6 +135,7 @@ def open_data(
     transform: Transform | None = None,
     batch: int = 64,
     limit: int | None = 256,
+    share: tuple[int, int] = (0, 1),
 ) -> Any:
     """Open unlabelled data as batches that can be gone through again and again.
 
@@ -133,6 +145,9 @@ def open_data(
         transform: of images.
         batch: samples a batch.
         limit: at most so many samples, drawn evenly with a fixed seed; None for all.
+        share: (rank, processes): of these every so manieth, a part of the whole for each process.
+
+    Images that take less than a GiB are decoded once, others in each pass anew.
 
     Raises:
         UsageError: there is no such file, or its kind is unknown.
@@ -142,7 +157,7 @@ def open_data(
     path = Path(spec)
     if not path.exists():
         if is_spec(str(spec)):
-            return named_object(str(spec))
+            return _part(named_object(str(spec)), *share)
         raise UsageError(
             Problem("data", f"there is no file {spec}", "name a folder, a file or a factory")
         )
@@ -151,21 +166,28 @@ def open_data(
         if not names:
             kinds = ", ".join(_IMAGES)
             raise LoadError(Problem(str(path), "there are no images in it", f"known are {kinds}"))
-        images = _Images(path, tuple(_some(names, limit)), transform, batch)
-        return images if limit is None else list(images)  # decoded once for many passes
+        return _Images(path, tuple(_some(names, limit, share)), transform, batch).kept()
     tensors = _tensors(path, transform)
     length = min(len(tensor) for tensor in tensors.values())
-    chosen = torch.tensor(_some(range(length), limit))
+    chosen = torch.tensor(_some(range(length), limit, share))
     parts = {name: tensor[chosen].split(batch) for name, tensor in tensors.items()}
     if len(parts) == 1:
         return list(next(iter(parts.values())))
     return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
 
 
-def _some(items: Sequence[Any], limit: int | None) -> list[Any]:
-    """All, or as many as are asked for: the same each time, in a mixed order."""
+def _some(items: Sequence[Any], limit: int | None, share: tuple[int, int]) -> list[Any]:
+    """All, or as many as are asked for, or a part of them: the same each time, in a mixed order."""
     order = np.random.default_rng(_SEED).permutation(len(items))[:limit]
-    return [items[index] for index in order]
+    rank, processes = share
+    return [items[index] for index in order[rank::processes]]
+
+
+def _part(factory: Callable[[], Iterable[Any]], rank: int, processes: int) -> Any:
+    """A factory of every so manieth batch."""
+    if processes == 1:
+        return factory
+    return lambda: itertools.islice(factory(), rank, None, processes)
 
 
 def _image_names(path: Path) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from normconv.errors import LoadError, Problem, UsageError
 from normconv.sources.recognise import recognise
@@ -38,6 +39,13 @@ class Inputs(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     origin: str
+
+    def to(self, device: torch.device) -> Inputs:
+        """Return them with all tensors on a device."""
+        args, kwargs = pytree.tree_map_only(
+            Tensor, lambda t: t.to(device), (self.args, self.kwargs)
+        )
+        return self._replace(args=args, kwargs=kwargs)
 
 
 def example_inputs(

@@ -88,6 +88,10 @@ def _save_tensors(model: nn.Module, path: Path) -> None:
 
     import normconv
 
+    wrapped = getattr(model, "module", None)
+    if isinstance(wrapped, nn.Module) and history_of(wrapped) and not history_of(model):
+        what = "it wraps a converted model, whose plan would not go with the file"
+        raise UsageError(Problem(type(model).__name__, what, "save its .module"))
     tensors, shared = _tensors_of(model)
     metadata = {VERSION: normconv.__version__, HISTORY: json.dumps(history_of(model))}
     if shared:

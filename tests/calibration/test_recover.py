@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,84 @@ def test_other_outputs_are_matched_too() -> None:
     facts = nc.recover(student, teacher, DATA, lesson=SHORT).report.facts
     assert facts["after"]["output"] < facts["before"]["output"]
     assert facts["after"]["output"] < 0.5
+
+
+def test_features_bring_the_inside_nearer(net: nn.Module, student: nn.Module) -> None:
+    """The same steps with and without: where outputs alone are compared the inside may go anywhere."""
+    found = {}
+    for weight in (0.0, 3.0):
+        lesson = replace(SHORT, features=weight, every=40)
+        facts = nc.recover(student, net, DATA, lesson=lesson, held_out=HELD_OUT).report.facts
+        assert set(facts["after"]["sites"]) == {"bn0", "bn1", "bn2", "bn3"}
+        found[weight] = [site["snr_db"] for site in facts["after"]["sites"].values()]
+        start = [site["snr_db"] for site in facts["before"]["sites"].values()]
+    assert all(with_ > without for with_, without in zip(found[3.0], found[0.0], strict=True))
+    assert sum(found[3.0]) > sum(start)
+
+
+def test_in_bfloat16_it_still_learns(net: nn.Module, student: nn.Module) -> None:
+    taught = nc.recover(student, net, DATA, lesson=replace(SHORT, amp=True), held_out=HELD_OUT)
+    facts = taught.report.facts
+    assert facts["after"]["agreement"] > facts["before"]["agreement"] + 0.05
+    assert {p.dtype for p in taught.model.parameters()} == {torch.float32}
+
+
+def test_data_that_may_not_be_used_is_refused(net: nn.Module, student: nn.Module) -> None:
+    with pytest.raises(UsageError, match="recover sets them by data"):
+        nc.recover(student, net, DATA, steps=2, data_use="none")
+    told = nc.recover(student, net, DATA, steps=2, data_use="private")
+    assert sum("privacy accountant" in note for note in told.report.notes) == 1
+    assert history_of(told.model)[-1]["recover"]["data"]["use"] == "private"
+
+
+def test_convert_calibrates_and_recovers_in_one(net: nn.Module) -> None:
+    """The same as the three one after the other; one report of all."""
+    plan = _plan(net)
+    shown: list[str] = []
+
+    def progress(text: str) -> Any:
+        shown.append(text)
+        return lambda done, total: None
+
+    whole = nc.convert(
+        net,
+        plan,
+        example_inputs=(DATA[0][:2],),
+        data=DATA,
+        held_out=HELD_OUT,
+        recover=SHORT,
+        recover_data=DATA[:4],
+        min_agreement=0.5,
+        progress=progress,
+    )
+    assert shown == ["calibrate", "recover"]
+    converted = nc.apply_plan(net, plan).model
+    calibrated = nc.calibrate(converted, plan, DATA, reference=net, held_out=HELD_OUT)
+    taught = nc.recover(calibrated.model, net, DATA[:4], lesson=SHORT, held_out=HELD_OUT)
+    assert_same_state(whole.model, taught.model)
+    facts = whole.report.facts
+    assert facts["after"] == calibrated.report.facts["after"]
+    assert facts["recover"]["after"] == taught.report.facts["after"]
+    assert [check.name for check in whole.report.checks][-1] == "agreement"
+    with pytest.raises(CheckFailed) as caught:
+        nc.convert(
+            net, plan, example_inputs=(DATA[0],), data=DATA, recover=SHORT, min_agreement=1.01
+        )
+    assert "recover" in caught.value.report.facts
+    for keywords in ({"recover": 3}, {"recover_data": DATA}):
+        with pytest.raises(UsageError, match="there is no data"):
+            nc.convert(net, plan, example_inputs=(DATA[0],), **keywords)
+    with pytest.raises(UsageError, match="no data may touch"):
+        nc.convert(net, plan, example_inputs=(DATA[0],), data=DATA, data_use="none")
+    alone = nc.convert(net, plan, example_inputs=(DATA[0],), data_use="none")
+    assert alone.report.facts["data"] == "none"
+
+
+def test_numbers_that_are_no_scores_are_judged_by_their_distance(net: nn.Module) -> None:
+    student = nc.apply_plan(net, _plan(net)).model
+    taught = nc.recover(student, net, DATA, lesson=replace(SHORT, scores=False))
+    assert "agreement" not in taught.report.facts["after"]
+    assert taught.report.facts["after"]["output"] < taught.report.facts["before"]["output"]
 
 
 def test_bad_input_is_told(net: nn.Module, student: nn.Module) -> None:

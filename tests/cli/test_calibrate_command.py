@@ -97,3 +97,21 @@ def test_recover_writes_what_it_taught(files: Path) -> None:
     refused = run(*words, "--min-agreement", "1", "--lr", "1e30", "--input", "2x3x8x8")
     assert refused.exit_code == 1, refused.output
     assert (files / "net.gn.recovered.pt.rejected").exists()
+
+
+def test_recover_on_convert_and_the_drift_as_a_picture(files: Path) -> None:
+    words = ["convert", "net.pt", "--to", "gn", "--input", "2x3x8x8"]
+    on_data = ["--calib", "images.pt", "--cache", "disk", "--recover", "5", "--data-use", "private"]
+    result = run(*words, *on_data, "--batch-size", "16", "--plot", "drift.png", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["facts"]["recover"]["steps"] == 5
+    assert report["facts"]["written"]["plot"] == "drift.png"
+    assert (files / "drift.png").read_bytes()[1:4] == b"PNG"
+    assert any("privacy accountant" in note for note in report["notes"])
+    for more in (["--recover", "5"], ["--plot", "drift.png"]):
+        assert run(*words, *more).exit_code == 2
+    for more in (["--data-use", "none"], ["--cache", "tape"], ["--device", "toaster"]):
+        refused = run(*words, "--calib", "images.pt", "-o", "other.pt", *more)
+        assert refused.exit_code == 2, refused.output
+    assert not list(files.glob("other*"))

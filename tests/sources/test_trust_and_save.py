@@ -7,10 +7,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import normconv
 from normconv.errors import LoadError, UsageError
@@ -240,3 +242,21 @@ def test_the_package_is_what_it_says() -> None:
     module = importlib.import_module("normconv.sources")
     assert module.save is save_verb
     assert normconv.load is load
+
+
+def _small() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+
+
+def test_an_average_of_weights_is_saved_by_its_module(tmp_path: Path) -> None:
+    """torch's AveragedModel holds a copy: its own names and counter would not fit the plan."""
+    net = _small().eval()
+    model = normconv.convert(net, "wn", example_inputs=(torch.randn(4, 2),)).model
+    average = AveragedModel(model)
+    with pytest.raises(UsageError, match=r"save its \.module"):
+        save(average, tmp_path / "average.safetensors")
+    assert not list(tmp_path.iterdir())
+    save(average.module, tmp_path / "average.safetensors")
+    torch.save({"ema": AveragedModel(net).state_dict()}, tmp_path / "checkpoint.pt")
+    loaded: Any = load(tmp_path / "checkpoint.pt", model=_small, key="ema")
+    assert torch.equal(loaded[0].weight, net[0].weight)
