@@ -56,6 +56,7 @@ def convert(
     drop_unreached: bool = False,
     at: str = "",
     layers: Layers | None = None,
+    insert_after: str | Iterable[str] = (),
     output: Literal["module", "graph"] = "module",
     data: Source | None = None,
     held_out: Source | None = None,
@@ -88,6 +89,7 @@ def convert(
             inputs are still those of the whole model. The proof is made on what the submodule gets
             there, and on the whole model's outputs where that repeats itself.
         layers: which layers ``wn`` reparametrises, ``normed`` or ``all``, see `make_plan`.
+        insert_after: with ``gn``, globs of layers that have no norm and get one.
         output: ``graph`` returns an `fx.GraphModule` rewritten by FX passes.
         data: unlabelled batches; norms of a ``gn`` target are calibrated on them, see `calibrate`.
         held_out: other batches, to measure how near the result is to the original.
@@ -96,7 +98,7 @@ def convert(
         recover_data: batches for that; None for `data`, which should then be more than a few.
         data_use: see `calibrate`.
         cache: see `calibrate`.
-        progress: makes of ``calibrate`` or ``recover`` a function of steps done and in all.
+        progress: makes of ``calibrate`` or ``recover`` a function as they take it.
 
     Raises:
         PlanError: some norm cannot be converted; names each, with the reason and the way out.
@@ -144,7 +146,11 @@ def convert(
             drop_unreached=drop_unreached,
             at=at,
             layers=layers,
+            insert_after=insert_after,
         )
+    if data is not None and any(step.action == "insert" for step in plan.converted):
+        what = "a norm that was not there has nothing to be calibrated to"
+        raise UsageError(Problem("data", what, "leave it out; nc.recover teaches the result"))
     if data is not None and all(step.fidelity == "exact" for step in plan.converted):
         what = f"{plan.target} is exact: there is nothing to calibrate"
         raise UsageError(Problem("data", what, "leave it out"))
@@ -197,7 +203,7 @@ def prove_conversion(
     if traced is not None:  # and the whole against the model itself, not only against its trace
         sampled = any(step.fidelity != "exact" for step in plan.converted)
         whole = with_trained_statistics(result.model, plan.steps) if sampled else result.model
-        if not any(step.action == "fresh" for step in plan.steps):
+        if not any(step.action in ("fresh", "insert") for step in plan.steps):
             checks += prove_models(original, whole, (), args, kwargs).checks
     return _proved(result, replace(proof, checks=checks), facts)
 
@@ -215,6 +221,7 @@ def convert_(
     drop_unreached: bool = False,
     at: str = "",
     layers: Layers | None = None,
+    insert_after: str | Iterable[str] = (),
     prove: bool = True,
 ) -> Result:
     """Rewrite the norms of the model itself, as `convert` does on a copy, without the memory of a copy.
@@ -237,6 +244,7 @@ def convert_(
             inputs are still those of the whole model. The proof is made on what the submodule gets
             there, and on the whole model's outputs where that repeats itself.
         layers: which layers ``wn`` reparametrises, ``normed`` or ``all``, see `make_plan`.
+        insert_after: with ``gn``, globs of layers that have no norm and get one.
         prove: compare; without it nothing is run, and the report says so.
 
     Raises:
@@ -272,6 +280,7 @@ def convert_(
             drop_unreached=drop_unreached,
             at=at,
             layers=layers,
+            insert_after=insert_after,
         )
     check_plan(shaped, plan, in_place=True)
     if shaped is not model:

@@ -56,7 +56,7 @@ def recover(
         min_agreement: the least share with the same top-1 at the end.
         checkpoint: a file that is written at each look and resumed from, to the same result.
         data_use: ``private`` says so in the report, with what it means; ``none`` refuses.
-        progress: called with steps done and in all.
+        progress: called with steps done and in all, and with agreement and drift as last measured.
 
     Raises:
         UsageError: the data is empty, constant, holds NaN, or both models differ in what they put out;
@@ -84,7 +84,7 @@ def recover(
     _check_outputs(teacher, twin, batches)
     steps_of = _converted(student, teacher)
     before = measure_drift(teacher, student, steps_of, judged, scores=lesson.scores)
-    start = State(best=_score(before), seen=[(0, _share(before))])
+    start = State(best=_score(before), seen=[(0, _share(before))], told=_told(before))
     start.subject = digest_of(student, teacher) + used["sha256"]
     sites = [step.site for step in steps_of]
     state = _Taught(twin, teacher, batches, judged, lesson).taught_(
@@ -168,7 +168,7 @@ class _Taught:
         def after_step(look: bool) -> None:
             nonlocal best
             if progress is not None:
-                progress(state.step, lesson.steps)
+                progress(state.step, lesson.steps, state.told)
             if look:
                 best = self._look(state, best)
             if look and checkpoint is not None:
@@ -187,6 +187,7 @@ class _Taught:
         drift = measure_drift(self.teacher, self.student, (), self.judged, scores=scores)
         score = _score(drift)
         state.seen.append((state.step, _share(drift)))
+        state.told = _told(drift)
         if score > state.best:
             state.best, state.best_step, state.waited = score, state.step, 0
             return {name: t.detach().clone() for name, t in self.student.state_dict().items()}
@@ -200,6 +201,12 @@ def _score(drift: Drift) -> float:
     if not math.isfinite(drift.output):
         return -math.inf
     return share - min(drift.output, 1e3) * 1e-6 if math.isfinite(share) else -drift.output
+
+
+def _told(drift: Drift) -> str:
+    share = _share(drift)
+    agreed = f"same top-1 {share:.4f}, " if math.isfinite(share) else ""
+    return f"{agreed}outputs differ by {drift.output:.3g}"
 
 
 def _share(drift: Drift) -> float:

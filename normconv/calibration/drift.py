@@ -26,7 +26,7 @@ __all__ = [
     "wilson_interval",
 ]
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int, str], None]  # done, of how many, what was last measured
 
 _Z = 1.959963984540054  # of a two-sided 95 % interval
 

@@ -66,6 +66,7 @@ class State:
     waited: int = 0
     seen: list[tuple[int, float]] = field(default_factory=list)
     subject: str = ""
+    told: str = ""
 
 
 def digest_of(*models: nn.Module) -> str:

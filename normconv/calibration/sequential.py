@@ -71,7 +71,7 @@ class _Run:
                 if match.wanted is not None:
                     self.groups[site], _ = match_(match)
             if progress is not None:
-                progress(done + 1, len(order))
+                progress(done + 1, len(order), "")
 
     def _refits(self, steps: Sequence[Step]) -> dict[str, Refit]:
         """Run both models as far as these sites, and gather what their layers see and should give."""
@@ -158,7 +158,7 @@ def calibrate(
         cache: ``disk`` keeps what the original's norms get in a temporary folder: a pass of the original
             over the data instead of two for each group of sites, and room for all those activations.
         data_use: ``private`` says so in the report, with what it means; ``none`` refuses.
-        progress: called with the number of groups of sites done and in all.
+        progress: called with the number of groups of sites done and in all, and an empty text.
 
     Under `torch.distributed` each process goes through its own data, and all get the result of all.
 

@@ -52,7 +52,7 @@ def calibrate_and_recover(
         lesson_data: for the lesson instead.
         data_use: see `calibrate`.
         cache: see `calibrate`.
-        progress: makes of ``calibrate`` or ``recover`` a function of steps done and in all.
+        progress: makes of ``calibrate`` or ``recover`` a function as they take it.
 
     Raises:
         CheckFailed: the agreement is too low, or the loss became NaN; carries all that was found.

@@ -140,7 +140,7 @@ def _numbers(option: str, text: str) -> list[float]:
 
 
 @contextmanager
-def progress_of(text: str, *, as_json: bool) -> Iterator[Callable[[int, int], None] | None]:
+def progress_of(text: str, *, as_json: bool) -> Iterator[Callable[[int, int, str], None] | None]:
     """Show a bar on a terminal, a line at each tenth elsewhere; on standard error."""
     console = Console(stderr=True)
     if as_json or not is_main_process():
@@ -148,12 +148,18 @@ def progress_of(text: str, *, as_json: bool) -> Iterator[Callable[[int, int], No
     elif console.is_terminal:
         with Progress(console=console) as bar:
             task = bar.add_task(text)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+
+            def move(done: int, total: int, told: str) -> None:
+                said = f"{text}: {told}" if told else text
+                bar.update(task, completed=done, total=total, description=said)
+
+            yield move
     else:
 
-        def line(done: int, total: int) -> None:
+        def line(done: int, total: int, told: str) -> None:
             if done * 10 // total != (done - 1) * 10 // total:
-                console.print(f"{text}: {done} of {total}", highlight=False)
+                said = f", {told}" if told else ""
+                console.print(f"{text}: {done} of {total}{said}", highlight=False)
 
         yield line
 

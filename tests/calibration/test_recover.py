@@ -79,7 +79,7 @@ def test_a_killed_run_goes_on_to_the_same_result(
 ) -> None:
     file = tmp_path / "lesson.pt"
 
-    def kill(done: int, total: int) -> None:
+    def kill(done: int, total: int, told: str) -> None:
         if done == 27:
             raise Killed
 
@@ -93,7 +93,7 @@ def test_a_killed_run_goes_on_to_the_same_result(
         DATA,
         lesson=SHORT,
         checkpoint=file,
-        progress=lambda done, _: steps.append(done),
+        progress=lambda done, *_: steps.append(done),
     )
     assert steps[0] == 21
     assert_same_state(whole.model, resumed.model)
@@ -169,10 +169,11 @@ def test_convert_calibrates_and_recovers_in_one(net: nn.Module) -> None:
     """The same as the three one after the other; one report of all."""
     plan = _plan(net)
     shown: list[str] = []
+    said: list[str] = []
 
     def progress(text: str) -> Any:
         shown.append(text)
-        return lambda done, total: None
+        return lambda done, total, told: said.append(told)
 
     whole = nc.convert(
         net,
@@ -186,6 +187,9 @@ def test_convert_calibrates_and_recovers_in_one(net: nn.Module) -> None:
         progress=progress,
     )
     assert shown == ["calibrate", "recover"]
+    assert said[0] == ""
+    assert said[-1].startswith("same top-1 0.")
+    assert "outputs differ by" in said[-1]
     converted = nc.apply_plan(net, plan).model
     calibrated = nc.calibrate(converted, plan, DATA, reference=net, held_out=HELD_OUT)
     taught = nc.recover(calibrated.model, net, DATA[:4], lesson=SHORT, held_out=HELD_OUT)
