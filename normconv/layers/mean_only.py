@@ -25,7 +25,8 @@ class MeanOnlyBatchNorm(nn.Module):
     Shape: (N, C) or (N, C, *) to the same, in the input's dtype.
 
     Raises:
-        ValueError: the input has other channels, or in training no values.
+        ValueError: the input has other channels, or in training no values or one a channel, of which the
+            mean would leave nothing.
 
     Source: Salimans & Kingma 2016, "Weight Normalization", section 3.
 
@@ -66,7 +67,7 @@ class MeanOnlyBatchNorm(nn.Module):
             )
         mean = self._batch_mean(input) if self.training else self.running_mean
         shape = (1, -1) + (1,) * (input.dim() - 2)
-        # In this order a single value gives the bias exactly; half precision is rounded once.
+        # Half precision is rounded once.
         wide = wide_dtype(input.dtype)
         return ((input - mean.to(wide).view(shape)) + self.bias.view(shape)).to(input.dtype)
 
@@ -74,6 +75,11 @@ class MeanOnlyBatchNorm(nn.Module):
         if input.numel() == 0:
             raise ValueError(
                 f"a batch without values has no mean: got {tuple(input.shape)} in training"
+            )
+        if input.numel() == self.num_features:
+            raise ValueError(
+                f"one value a channel is its own mean, nothing would be left: got "
+                f"{tuple(input.shape)} in training; use a larger batch, or convert with to='wn'"
             )
         wide = wide_dtype(input.dtype)
         mean = input.mean([0, *range(2, input.dim())], dtype=wide)

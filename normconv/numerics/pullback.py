@@ -22,6 +22,10 @@ from normconv.numerics.standardization import dialect_named
 __all__ = ["Pullback", "norm_pullback", "standard_pullback"]
 
 
+# Elements of the scratch: 4 MiB in float32, or one sample's weight.
+_BLOCK = 2**20
+
+
 class Pullback(NamedTuple):
     """The linear map of one weight.
 
@@ -41,15 +45,14 @@ class Pullback(NamedTuple):
     centered: bool
     layout: RowLayout
 
-    def along(self, grads: Tensor) -> Tensor:
-        """Return ∂L/∂gain, (N, O), of gradients (N, *weight.shape)."""
-        along: Tensor = self.gain_factor * torch.linalg.vecdot(self._rows(grads), self.unit)
-        return along
-
     def both_(self, grads: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ∂L/∂gain, (N, O), and ∂L/∂v in the shape of the gradients, which are written over."""
+        """Return ∂L/∂gain, (N, O), and ∂L/∂v in the shape of the gradients, which are written over.
+
+        Args:
+            grads: G, (N, *weight.shape), or rows (N, O, n) of a layer that is not transposed.
+        """
         rows = self._rows(grads)
-        dots = torch.linalg.vecdot(rows, self.unit)
+        dots = self._dots(rows)
         if self.centered:
             rows.sub_(rows.mean(-1, keepdim=True))
         rows.mul_(self.v_factor.unsqueeze(-1))
@@ -57,32 +60,59 @@ class Pullback(NamedTuple):
         rows.addcmul_(taken, self.unit, value=-1)
         return self.gain_factor * dots, self._shaped(rows, grads)
 
-    def squares(self, backprops: Tensor, activations: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ‖∂L/∂gain‖² and ‖∂L/∂v‖², (N,) each, of a Linear, and never make ∂L/∂v.
+    def of_places(self, backprops: Tensor, activations: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ∂L/∂gain, (N, O), and ∂L/∂v, (N, O, n), of a Linear or convolution.
 
-        G = Σ_t b_t a_tᵀ over the T places of a sample, so every product with G is one of b and a, and
-        ‖ρ G‖² = Σ_{t,t'} (ρ b_t · ρ b_t') (a_t · a_t'). By Pythagoras the rest is taken off row by row:
-        ‖G − p·1/√n − κ q u‖² = ‖G‖² − p² − (2κ − κ²) q² with p = G·1/√n, q = G·u.
+        In each group G = Σ_t b_t a_tᵀ over the T places of a sample.
 
         Args:
-            backprops: b, (N, T, O).
-            activations: a, (N, T, n).
-
-        Source: Li et al. 2022, "Large Language Models Can Be Strong Differentially Private Learners",
-        section 4, for ‖G‖.
+            backprops: b, (N, groups, o, T) with O = groups · o.
+            activations: a, (N, groups, n, T): at each place the inputs that the rows are multiplied with.
         """
-        dots = (backprops * (activations @ self.unit.T)).sum(1)
-        scaled = backprops * self.v_factor
-        if backprops.shape[1] == 1:
-            whole = scaled.square().sum((1, 2)) * activations.square().sum((1, 2))
-        else:
-            whole = ((scaled @ scaled.mT) * (activations @ activations.mT)).sum((1, 2))
-        off = self.shrink * (2 - self.shrink) * dots.square()
         if self.centered:
-            n = activations.shape[-1]
-            off = off + (backprops * activations.sum(-1, keepdim=True)).sum(1).square() / n
-        rest = whole - (self.v_factor.square() * off).sum(-1)
-        return (self.gain_factor * dots).square().sum(-1), rest.clamp(min=0)
+            return self._on_centered().of_places(backprops, _center(activations))
+        return self.both_((backprops @ activations.mT).flatten(1, 2))
+
+    def squares(self, backprops: Tensor, activations: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ‖∂L/∂gain‖² and ‖∂L/∂v‖², (N,) each, of what `of_places` takes.
+
+        Where T (o + n) < o n, ∂L/∂v is not made: every product with G is one of b and a, and
+        ‖ρ G‖² = Σ_{t,t'} (ρ b_t · ρ b_t') (a_t · a_t'). By Pythagoras the rest is taken off row by row:
+        ‖G − κ q u‖² = ‖G‖² − (2κ − κ²) q² with q = G·u. On more places G itself takes less work.
+
+        Source: Bu et al. 2022, "Scalable and Efficient Training of Large Convolutional Neural Networks
+        with Differential Privacy", section 3, for ‖G‖.
+        """
+        if self.centered:
+            return self._on_centered().squares(backprops, _center(activations))
+        (groups, rows, places), n = backprops.shape[1:], activations.shape[2]
+        if places * (rows + n) >= rows * n:
+            along, across = self.of_places(backprops, activations)
+            # Row by row: one float32 sum over a whole weight is off by 1e-4.
+            return along.square().sum(-1), across.square().sum(-1).sum(-1)
+        unit, factor = self.unit.unflatten(0, (groups, -1)), self.v_factor.view(groups, -1)
+        # One product for all samples.
+        along_unit = unit @ activations.permute(1, 2, 0, 3).flatten(2)
+        dots = along_unit.unflatten(2, (-1, places)).permute(2, 0, 1, 3).mul(backprops).sum(-1)
+        scaled = backprops * factor.unsqueeze(-1)
+        whole = ((scaled.mT @ scaled) * (activations.mT @ activations)).sum((1, 2, 3))
+        shrink = self.shrink.view(groups, -1)
+        off = factor.square() * shrink * (2 - shrink) * dots.square()
+        rest = (whole - off.sum((1, 2))).clamp(min=0)
+        return (self.gain_factor * dots.flatten(1)).square().sum(-1), rest
+
+    def _on_centered(self) -> Pullback:
+        """The map where a − mean(a) makes G − mean(G): u is centered, so that G·u stays."""
+        return self._replace(centered=False)
+
+    def _dots(self, rows: Tensor) -> Tensor:
+        """Return G · u, (N, O), with a bounded scratch: asking for memory costs more than the sums."""
+        at_once = max(1, _BLOCK // max(1, self.unit.numel()))
+        scratch = torch.empty_like(rows[:at_once])
+        products = rows.new_empty(rows.shape[:2])
+        for block, out in zip(rows.split(at_once), products.split(at_once), strict=True):
+            torch.sum(torch.mul(block, self.unit, out=scratch[: len(block)]), -1, out=out)
+        return products
 
     def _rows(self, grads: Tensor) -> Tensor:
         """Lay gradients (N, *weight.shape) out as (N, O, n): a view but for transposed layers."""
@@ -102,6 +132,10 @@ class Pullback(NamedTuple):
             grads.shape[0], groups, outs, grads.shape[1] // groups, *grads.shape[3:]
         )
         return split.transpose(2, 3).reshape(grads.shape).to(grads.dtype)
+
+
+def _center(activations: Tensor) -> Tensor:
+    return activations - activations.mean(2, keepdim=True)
 
 
 def norm_pullback(g: Tensor, v: Tensor, layout: RowLayout) -> Pullback:
@@ -141,7 +175,7 @@ def standard_pullback(gain: Tensor, v: Tensor, layout: RowLayout, dialect: str) 
 
     >>> one = torch.ones(1)
     >>> pullback = standard_pullback(one, torch.tensor([[1.0, 3.0]]), RowLayout(), "timm")
-    >>> pullback.along(torch.tensor([[[0.0, 1.0]]]))
+    >>> pullback.both_(torch.tensor([[[0.0, 1.0]]]))[0]
     tensor([[1.0000]])
     """
     way = dialect_named(dialect)

@@ -1,13 +1,15 @@
 """Per-sample gradients of reparametrised layers in Opacus.
 
-Opacus has a sampler for each class of plain layers: the gradient of each sample by the weight. What our
-weights are computed from follows by a map that is linear and the same for every sample (see
-`normconv.numerics.Pullback`), so its sampler is asked for a plain layer with the computed weight, and the
-map is applied to what it gives.
+What our weights are computed from follows from each sample's gradient by the weight through a map that is
+linear and the same for every sample (see `normconv.numerics.Pullback`). For torch's own Linear and
+convolutions that gradient is a product over the places of a sample; its norm, for ghost clipping, needs
+no gradient where places are few. For other classes that Opacus knows, their sampler is given a plain
+layer with the computed weight.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,21 +19,27 @@ from torch import Tensor, nn
 from normconv.errors import MissingDependency
 from normconv.layers import Reparametrised, on_each_class
 from normconv.numerics import wide_dtype
+from normconv.privacy.validators import refuse_batch_norms
 
 __all__ = ["register_grad_samplers"]
 
 Samples = dict[nn.Parameter, Tensor]
 
+_TORCHS_OWN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 def register_grad_samplers() -> None:
     """Teach Opacus the weight-normed and weight-standardized layers, those made later too.
 
-    Layers whose plain class Opacus has a sampler for (Linear, Conv1d, Conv2d, Conv3d, and classes
-    registered with it before this call) get one of that speed, Linear layers also one for ghost clipping.
-    Others, such as transposed convolutions, need none: Opacus takes them through `torch.func`.
+    Linear, Conv1d, Conv2d and Conv3d get samplers of gradients and, for ghost clipping, of norms; classes
+    registered with Opacus before this call get one of gradients. Others, such as transposed convolutions,
+    need none: Opacus takes them through `torch.func`.
 
     Call it once before `PrivacyEngine.make_private` or `GradSampleModule`; another call adds the classes
     registered since.
+
+    From then on Opacus's `ModuleValidator` also refuses `MeanOnlyBatchNorm` and every class made from
+    BatchNorm, of which it knows torch's own: through them samples see each other.
 
     Raises:
         MissingDependency: Opacus is not installed.
@@ -48,6 +56,7 @@ def register_grad_samplers() -> None:
     """
     _opacus()
     on_each_class(_register)
+    refuse_batch_norms()
 
 
 def _opacus() -> Any:
@@ -63,28 +72,41 @@ def _register(made: type[nn.Module]) -> None:
     opacus, plain = _opacus(), made.plain_class
     if plain in opacus.GradSampleHooks.GRAD_SAMPLERS:
         opacus.register_grad_sampler(made)(_grad_sample)
-    if plain is nn.Linear:  # the closed form of its norms is that of Linear's own forward
+    if plain in _TORCHS_OWN:  # exactly: another class may have another forward
         opacus.register_norm_sampler(made)(_norm_sample)
 
 
 def _grad_sample(layer: nn.Module, activations: list[Tensor], backprops: Tensor) -> Samples:
+    """Gradients of each sample by gain, v and bias, (N, *shape)."""
     assert isinstance(layer, Reparametrised)
-    gain, v = (layer._parameters[name] for name in layer.computed_from)
-    assert gain is not None
-    assert v is not None
-    plain = _plain_twin(layer, trainable=gain.requires_grad or v.requires_grad)
-    sampler = _opacus().GradSampleHooks.GRAD_SAMPLERS[layer.plain_class]
-    samples: Samples = sampler(plain, _padded(plain, activations), backprops)
-    grads = samples.pop(plain.weight, None)
-    if grads is None:
-        return samples
-    if not v.requires_grad:
-        along = layer.pullback().along(grads)
+    gain, v = _gain_and_v(layer)
+    samples: Samples = {}
+    trainable = gain.requires_grad or v.requires_grad
+    if layer.plain_class in _TORCHS_OWN:
+        outer, inner = _places(layer, activations[0].to(backprops.dtype), backprops)
+        bias = layer._parameters.get("bias")
+        if bias is not None and bias.requires_grad:
+            samples[bias] = outer.sum(-1).flatten(1)
+        if not trainable:
+            return samples
+        along, across = layer.pullback().of_places(outer, inner)
     else:
-        along, samples[v] = layer.pullback().both_(grads)
+        plain = _plain_twin(layer, trainable=trainable)
+        sampler = _opacus().GradSampleHooks.GRAD_SAMPLERS[layer.plain_class]
+        samples = sampler(plain, activations, backprops)
+        if not trainable:
+            return samples
+        along, across = layer.pullback().both_(samples.pop(plain.weight))
     if gain.requires_grad:
-        samples[gain] = along.reshape(len(along), *gain.shape).to(grads.dtype)
+        samples[gain] = along.reshape(len(along), *gain.shape).to(backprops.dtype)
+    if v.requires_grad:
+        samples[v] = across.reshape(len(across), *v.shape)
     return samples
+
+
+def _gain_and_v(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
+    gain, v = (layer._parameters[name] for name in layer.computed_from)
+    return gain, v
 
 
 def _plain_twin(layer: nn.Module, *, trainable: bool) -> Any:
@@ -100,35 +122,44 @@ def _plain_twin(layer: nn.Module, *, trainable: bool) -> Any:
     return plain
 
 
-def _padded(plain: Any, activations: list[Tensor]) -> list[Tensor]:
-    """Do what Opacus's convolutions take for granted: zero padding and contiguous inputs.
-
-    They know no other padding mode and unfold by strides, both without a word; so padding of another
-    mode is done here, as the layer does it, and the plain layer then pads nothing.
-    """
-    first = activations[0]
-    if getattr(plain, "padding_mode", "zeros") != "zeros":
-        first = F.pad(first, plain._reversed_padding_repeated_twice, mode=plain.padding_mode)
-        plain.__dict__.update(padding=(0,) * len(plain.kernel_size), padding_mode="zeros")
-    return [first.contiguous(), *activations[1:]]
-
-
 def _norm_sample(layer: nn.Module, activations: list[Tensor], backprops: Tensor) -> Samples:
-    """Norms of the per-sample gradients of a Linear, (N,) each, without the gradients themselves."""
+    """Norms of the per-sample gradients of a Linear or convolution, (N,) each."""
     assert isinstance(layer, Reparametrised)
-    gain, v = (layer._parameters[name] for name in layer.computed_from)
-    bias = layer._parameters.get("bias")
-    wide = wide_dtype(backprops.dtype)
-    places = backprops.to(wide).reshape(len(backprops), -1, backprops.shape[-1])
+    bias, wide = layer._parameters.get("bias"), wide_dtype(backprops.dtype)
+    outer, inner = _places(layer, activations[0].to(wide), backprops.to(wide))
     samples: Samples = {}
     if bias is not None and bias.requires_grad:
-        samples[bias] = torch.linalg.vector_norm(places.sum(1), dim=-1)
-    wanted = [p for p in (gain, v) if p is not None and p.requires_grad]
-    if wanted:
-        inputs = activations[0].to(wide)
-        inputs = inputs.reshape(len(inputs), -1, inputs.shape[-1])
-        squares = layer.pullback().squares(places, inputs)
-        for parameter, square in zip((gain, v), squares, strict=True):
-            if parameter is not None and parameter.requires_grad:
+        samples[bias] = torch.linalg.vector_norm(outer.sum(-1), dim=(1, 2))
+    wanted = _gain_and_v(layer)
+    if any(parameter.requires_grad for parameter in wanted):
+        squares = layer.pullback().squares(outer, inner)
+        for parameter, square in zip(wanted, squares, strict=True):
+            if parameter.requires_grad:
                 samples[parameter] = square.sqrt()
     return samples
+
+
+def _places(layer: Any, inputs: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the outputs and the inputs they come from, place by place.
+
+    Both are (N, groups, *, T); the gradient of a sample by the weight is the product over the places.
+    """
+    if layer.plain_class is nn.Linear:
+        places = math.prod(inputs.shape[1:-1])
+        outer, inner = (t.reshape(len(t), 1, places, t.shape[-1]).mT for t in (backprops, inputs))
+        return outer, inner
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    windows = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
+    kernel = layer.kernel_size
+    for axis, (size, step, apart) in enumerate(
+        zip(kernel, layer.stride, layer.dilation, strict=True), start=2
+    ):
+        windows = windows.unfold(axis, apart * (size - 1) + 1, step)[..., ::apart]
+    # (N, I, *places, *K), with the places last
+    rank, groups, places = len(kernel), layer.groups, math.prod(backprops.shape[2:])
+    windows = windows.movedim(tuple(range(2, 2 + rank)), tuple(range(-rank, 0)))
+    across = math.prod(kernel) * layer.in_channels // groups
+    return (
+        backprops.reshape(len(inputs), groups, layer.out_channels // groups, places),
+        windows.reshape(len(inputs), groups, across, places),
+    )

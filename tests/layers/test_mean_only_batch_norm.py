@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -69,11 +70,21 @@ def test_gradients_are_those_of_the_centered_batch() -> None:
     assert not norm.running_mean.requires_grad
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_one_value_a_channel_gives_the_bias(dtype: torch.dtype) -> None:
-    norm = trained(3, dtype)
-    assert torch.equal(norm(torch.randn(1, 3).to(dtype) * 100), norm.bias[None])
-    assert torch.equal(norm(torch.randn(1, 3, 1, 1).to(dtype)), norm.bias.view(1, 3, 1, 1))
+@pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1, 1)])
+def test_one_value_a_channel_is_refused_in_training(shape: tuple[int, ...]) -> None:
+    norm, x = trained(3), torch.randn(shape).double()
+    kept = norm.running_mean.clone()
+    told = (
+        rf"one value a channel.*got {re.escape(str(shape))} in training; use a larger batch.*'wn'"
+    )
+    with pytest.raises(ValueError, match=told):
+        norm(x)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        nn.BatchNorm1d(3).double()(x.reshape(1, 3))
+    assert torch.equal(norm.running_mean, kept)
+    assert norm.num_batches_tracked.item() == 0
+    assert torch.equal(norm.eval()(x), (x.flatten() - kept + norm.bias).view(shape))
+    assert norm.train()(x.expand(2, *shape[1:])).shape == (2, *shape[1:])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -51,36 +51,57 @@ def test_each_sample_is_pulled_back_as_autograd_does(
     weight = compute(gain, v, layout)
     expected = [torch.autograd.grad(weight, (gain, v), g, retain_graph=True) for g in grads]
     found = pullback(gain, v, layout)
-    along = found.along(grads)
-    both = found.both_(grads.clone())
+    along, across = found.both_(grads.clone())
     assert not along.requires_grad
-    assert torch.equal(along, both[0])
     assert relative_l2(along, torch.stack([g.flatten() for g, _ in expected])) <= 1e-12
-    assert relative_l2(both[1], torch.stack([g for _, g in expected])) <= 1e-12
+    assert relative_l2(across, torch.stack([g for _, g in expected])) <= 1e-12
 
 
 @every_form
-@pytest.mark.parametrize("places", [1, 4])
-def test_norms_of_a_linear_without_its_gradients(form: str, places: int) -> None:
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("places", [1, 2, 9])
+def test_norms_without_the_gradients_and_by_way_of_them(
+    form: str, groups: int, places: int
+) -> None:
+    """Of 8 rows of 7 in one group or two, 9 places take the gradients and 1 does not."""
     compute, pullback = FORMS[form]
     layout = RowLayout()
-    gain, v, _ = drawn(layout, (5, 7))
-    backprops, activations = torch.randn(3, places, 5).double(), torch.randn(3, places, 7).double()
-    grads = torch.einsum("nto,nti->noi", backprops, activations)
+    gain, v, _ = drawn(layout, (8, 7))
+    backprops = torch.randn(3, groups, 8 // groups, places).double()
+    activations = torch.randn(3, groups, 7, places).double()
+    grads = torch.einsum("ngot,ngit->ngoi", backprops, activations).flatten(1, 2)
     weight = compute(gain, v, layout)
     expected = [torch.autograd.grad(weight, (gain, v), g, retain_graph=True) for g in grads]
-    squares = pullback(gain, v, layout).squares(backprops, activations)
+    found = pullback(gain, v, layout)
+    for at, pulled in enumerate(found.of_places(backprops, activations)):
+        wanted = torch.stack([grads[at] for grads in expected]).reshape(pulled.shape)
+        assert relative_l2(pulled, wanted) <= 1e-12
+    squares = found.squares(backprops, activations)
     for at, square in enumerate(squares):
         norms = torch.stack([grads[at].norm() for grads in expected])
         # What is left of a square is a difference of squares: it is compared with the larger of them.
         torch.testing.assert_close(square, norms.square(), rtol=1e-10, atol=1e-10)
 
 
+def test_large_weights_in_single_precision() -> None:
+    """A sample of this weight is more than a block of the scratch."""
+    gain, v = torch.ones(512), torch.randn(512, 4608)
+    pullback, exact = (
+        norm_pullback(gain.to(t), v.to(t), RowLayout()) for t in (torch.float32, torch.float64)
+    )
+    for places in (1, 500):
+        backprops, activations = torch.randn(2, 1, 512, places), torch.randn(2, 1, 4608, places)
+        wanted = exact.squares(backprops.double(), activations.double())
+        for square, other in zip(pullback.squares(backprops, activations), wanted, strict=True):
+            assert relative_l2(square, other) <= 2e-6
+
+
 def test_inputs_along_the_direction_leave_no_negative_square() -> None:
     v = torch.randn(4, 64)
     pullback = norm_pullback(torch.ones(4), v, RowLayout())
     for row in v:
-        squares = pullback.squares(torch.eye(4)[:, None], row.expand(4, 1, 64).contiguous())
+        inputs = row.expand(4, 64)[:, None, :, None]
+        squares = pullback.squares(torch.eye(4)[:, None, :, None], inputs)
         assert bool((squares[1] >= 0).all())
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from normconv.errors import MissingDependency
-from normconv.layers import MeanOnlyBatchNorm, weight_norm_, weight_standardize_
-from normconv.numerics import DIALECTS, relative_l2
+from normconv.layers import weight_norm_, weight_standardize_
+from normconv.numerics import DIALECTS, Pullback, relative_l2
 from normconv.privacy import register_grad_samplers
 
 opacus = pytest.importorskip("opacus.grad_sample")
@@ -47,6 +47,15 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         (3, 7, 7),
     ),
     "conv3d": (lambda: nn.Conv3d(2, 4, 2, stride=(1, 2, 1), groups=2, padding=1), (2, 4, 4, 4)),
+    "conv3d, few places": (
+        lambda: nn.Conv3d(12, 32, (3, 2, 1), padding=(1, 0, 2), dilation=(1, 2, 3), groups=2),
+        (12, 2, 3, 1),
+    ),
+    "conv2d, few places": (
+        lambda: nn.Conv2d(16, 32, 3, 2, padding=1, groups=2, padding_mode="circular"),
+        (16, 4, 4),
+    ),
+    "conv1d, few places": (lambda: nn.Conv1d(16, 24, 3, padding="same", bias=False), (16, 4)),
     "conv_transpose1d": (lambda: nn.ConvTranspose1d(4, 6, 3, groups=2, stride=2), (4, 5)),
     "conv_transpose2d": (lambda: nn.ConvTranspose2d(3, 4, 3), (3, 5, 5)),
     "own class": (lambda: Own(3, 4, 3), (3, 6, 6)),
@@ -166,21 +175,67 @@ def test_a_layer_called_twice_sums_its_calls(kind: str) -> None:
 
 
 @every_kind
-def test_ghost_norms_are_those_of_the_gradients(kind: str) -> None:
-    body = [KINDS[kind](nn.Conv1d(3, 4, 3)), nn.Tanh()]
-    model = nn.Sequential(
-        *body, KINDS[kind](nn.Linear(6, 5)), nn.Flatten(), KINDS[kind](nn.Linear(20, 2))
-    )
-    x = torch.randn(4, 3, 8)
+@every_layer
+def test_ghost_norms_are_those_of_the_gradients(layer: str, kind: str) -> None:
+    make, shape = LAYERS[layer]
+    model, x = nn.Sequential(KINDS[kind](make())), torch.randn(4, *shape)
     expected = one_by_one(model, x)
     ghost = opacus.GradSampleModuleFastGradientClipping(copy.deepcopy(model), loss_reduction="sum")
-    assert type(model[2]) in ghost.NORM_SAMPLERS
+    assert (type(model[0]) in ghost.NORM_SAMPLERS) == layer.startswith(
+        ("linear", "conv1", "conv2", "conv3")
+    )
     loss_of(ghost(x)).backward()
     for name, parameter in ghost.named_parameters():
         norms = expected[name.removeprefix("_module.")].flatten(1).norm(dim=1)
         assert relative_l2(parameter._norm_sample, norms) <= 1e-5, name
     total = torch.cat([grads.flatten(1) for grads in expected.values()], dim=1).norm(dim=1)
     assert relative_l2(ghost.get_norm_sample(), total) <= 1e-5
+
+
+def test_no_gradients_are_made_where_places_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(*_: object) -> None:
+        raise AssertionError("the gradient of each sample was made")
+
+    monkeypatch.setattr(Pullback, "both_", made)
+    for layer, (make, shape) in LAYERS.items():
+        model = nn.Sequential(weight_norm_(make()))
+        ghost = opacus.GradSampleModuleFastGradientClipping(model, loss_reduction="sum")
+        loss = loss_of(ghost(torch.randn(4, *shape)))
+        if layer.endswith("few places"):
+            loss.backward()
+        elif layer == "conv2d":
+            with pytest.raises(AssertionError, match="was made"):
+                loss.backward()
+
+
+@pytest.mark.parametrize("frozen", ["gain", "v", "bias", "gain, v"])
+def test_frozen_parameters_get_no_norms(frozen: str) -> None:
+    layer = weight_norm_(nn.Conv2d(3, 4, 3))
+    parameters = dict(zip(("gain", "v", "bias"), layer.parameters(), strict=True))
+    for name in frozen.split(", "):
+        parameters[name].requires_grad_(False)
+    model, x = nn.Sequential(layer), torch.randn(3, 3, 8, 8)
+    expected = one_by_one(model, x)
+    ghost = opacus.GradSampleModuleFastGradientClipping(copy.deepcopy(model), loss_reduction="sum")
+    loss_of(ghost(x)).backward()
+    for name, parameter in ghost.named_parameters():
+        assert hasattr(parameter, "_norm_sample") == parameter.requires_grad
+        if parameter.requires_grad:
+            norms = expected[name.removeprefix("_module.")].flatten(1).norm(dim=1)
+            assert relative_l2(parameter._norm_sample, norms) <= 1e-5
+
+
+@every_kind
+@pytest.mark.parametrize("layer", [n for n in LAYERS if not n.startswith(("own", "conv_trans"))])
+def test_an_empty_batch_as_poisson_sampling_draws_them(layer: str, kind: str) -> None:
+    make, shape = LAYERS[layer]
+    model, x = nn.Sequential(KINDS[kind](make())), torch.empty(0, *shape)
+    sampled = opacus.GradSampleModule(copy.deepcopy(model), loss_reduction="sum")
+    ghost = opacus.GradSampleModuleFastGradientClipping(model, loss_reduction="sum")
+    for watched in (sampled, ghost):
+        watched(x).sum().backward()
+    assert all(len(parameter.grad_sample) == 0 for parameter in sampled.parameters())
+    assert ghost.get_norm_sample().shape == (0,)
 
 
 @pytest.mark.parametrize("mode", ["hooks", "ghost"])
@@ -219,11 +274,6 @@ def test_a_private_step_is_taken(mode: str) -> None:
 def test_functorch_alone_gives_the_same(kind: str) -> None:
     model, x = nn.Sequential(KINDS[kind](nn.Conv2d(3, 4, 3))), torch.randn(3, 3, 6, 6)
     assert_same(per_sample(model, x, force_functorch=True), per_sample(model, x))
-
-
-def test_mean_only_batch_norm_is_not_private_and_refused() -> None:
-    with pytest.raises(NotImplementedError, match="MeanOnlyBatchNorm"):
-        opacus.GradSampleModule(nn.Sequential(nn.Linear(2, 2), MeanOnlyBatchNorm(2)))
 
 
 def test_without_opacus_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
