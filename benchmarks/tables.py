@@ -6,11 +6,11 @@ python -m benchmarks.tables
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
+from benchmarks.markers import RESULTS, fill
+
 _OTHER = "predictions other than float64's"
-RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 
 
 def _error(run: dict[str, Any]) -> str:
@@ -71,19 +71,12 @@ def cost() -> list[str]:
 
 def main() -> None:
     """Put the tables between their markers."""
-    page = RESULTS / "main-job.md"
-    text = page.read_text()
-    for name, rows in {
-        "architectures": architectures(),
-        "pretrained": pretrained(),
-        "cost": cost(),
-    }.items():
-        start, end = f"<!-- {name} -->\n", "\n<!-- end -->"
-        before, found, rest = text.partition(start)
-        if not found:
-            raise SystemExit(f"{page.name} has no marker for {name}")
-        text = before + start + "\n".join(rows) + end + rest.partition(end)[2]
-    page.write_text(text)
+    tables = {
+        "architectures": architectures,
+        "pretrained": pretrained,
+        "cost": cost,
+    }
+    fill(RESULTS / "main-job.md", tables)
 
 
 if __name__ == "__main__":

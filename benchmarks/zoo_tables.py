@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from benchmarks.tables import RESULTS
+from benchmarks.markers import RESULTS, fill
 from benchmarks.zoo_models import LIBRARIES
 
 __all__ = ["families", "random_networks", "reason_of", "reasons", "summary", "tools"]
@@ -246,22 +246,15 @@ def random_networks() -> list[str]:
 
 def main() -> None:
     """Put the tables between their markers."""
-    page = RESULTS / "zoo.md"
-    text = page.read_text()
-    for name, table in {
+    tables = {
         "summary": summary,
         "captures": captures,
         "reasons": reasons,
         "families": families,
         "tools": tools,
         "random": random_networks,
-    }.items():
-        start, end = f"<!-- {name} -->\n", "\n<!-- end -->"
-        before, found, rest = text.partition(start)
-        if not found:
-            raise SystemExit(f"{page.name} has no marker for {name}")
-        text = before + start + "\n".join(table()) + end + rest.partition(end)[2]
-    page.write_text(text)
+    }
+    fill(RESULTS / "zoo.md", tables)
 
 
 if __name__ == "__main__":
