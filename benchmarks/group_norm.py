@@ -143,9 +143,7 @@ class Bench:
         """Teach a student for the steps of a lesson and measure it."""
         start = time.perf_counter()
         lesson = Lesson(steps=self.steps, seed=seed)
-        held_out = self.calibration[seed]
-        data = self.lessons[seed]
-        result = nc.recover(student, self.original, data, lesson=lesson, held_out=held_out)
+        result = nc.recover(student, self.original, self.lessons[seed], lesson=lesson)
         seconds = time.perf_counter() - start
         return self.yardstick.of(result.model) | {
             "seconds": seconds,

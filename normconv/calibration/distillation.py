@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +24,8 @@ from normconv.report import Check, Report
 from normconv.surgery import Result
 
 __all__ = ["recover"]
+
+_JUDGES = 8  # batches to judge by
 
 
 def recover(
@@ -50,8 +53,8 @@ def recover(
         teacher: the original; not changed.
         data: batches that can be gone through again and again; no labels are used.
         steps: batches the student sees; None for those of the lesson, 400.
-        held_out: batches to judge by; the first batches of the data without them, and the report says
-            so.
+        held_out: batches to judge by; without them the last tenth of the data, at most 8 batches, is held
+            out, and of less than ten batches the first are taken. The report says which.
         lesson: learning rate, temperature, how often to look, and so on.
         min_agreement: the least share with the same top-1 at the end.
         checkpoint: a file that is written at each look and resumed from, to the same result.
@@ -79,7 +82,11 @@ def recover(
     twin = copy_model(student)
     batches = Batches.of(data, teacher)
     used = {**batches.checked(), "purpose": "recover", "use": data_use}
-    judged = Batches.of(held_out if held_out is not None else _first(batches), teacher)
+    measured_on = "held-out data"
+    if held_out is None:
+        data, held_out, measured_on = _parted(data, used["batches"])
+        batches = Batches.of(data, teacher)
+    judged = Batches.of(held_out, teacher)
     judged.checked()
     _check_outputs(teacher, twin, batches)
     steps_of = _converted(student, teacher)
@@ -92,22 +99,30 @@ def recover(
     )
     after = measure_drift(teacher, twin, steps_of, judged, scores=lesson.scores)
     record(twin, {"recover": {"data": used, "lesson": asdict(lesson)}})
-    report = _report(twin, before, after, used, state, held_out is not None, min_agreement)
+    report = _report(twin, before, after, used, state, measured_on, min_agreement)
     report = report.extended(notes=notes_of(data_use))
     if not report.passed:
         raise CheckFailed(report, twin)
     return Result(twin, report)
 
 
-def _first(batches: Batches) -> Callable[[], Iterator[Any]]:
-    """The first eight batches, as they come."""
+def _parted(data: Source, batches: int) -> tuple[Source, Source, str]:
+    """Data to learn from and data to judge by, and a word on the latter.
 
-    def make() -> Iterator[Any]:
-        source = batches.source() if callable(batches.source) else batches.source
-        for _, batch in zip(range(8), source, strict=False):
-            yield batch
+    What the student was calibrated on often comes first, and on that it looks better than it is.
+    """
+    held_out = min(_JUDGES, batches // 10)
+    if not held_out:
+        return data, _some_of(data, 0, _JUDGES), "the first batches of the data itself"
+    if isinstance(data, (list, tuple)):
+        return data[:-held_out], data[-held_out:], f"the last {held_out} batches, held out"
+    left = batches - held_out
+    what = f"the last {held_out} batches, held out as far as the data comes in one order"
+    return _some_of(data, 0, left), _some_of(data, left, batches), what
 
-    return make
+
+def _some_of(data: Source, start: int, end: int) -> Callable[[], Iterator[Any]]:
+    return lambda: itertools.islice(data() if callable(data) else data, start, end)
 
 
 def _check_outputs(teacher: nn.Module, student: nn.Module, batches: Batches) -> None:
@@ -220,14 +235,14 @@ def _report(
     after: Drift,
     used: Mapping[str, Any],
     state: State,
-    held_out: bool,
+    measured_on: str,
     min_agreement: float | None,
 ) -> Report:
     facts: dict[str, Any] = {
         "data": dict(used),
         "steps": state.step,
         "best at step": state.best_step,
-        "measured on": "held-out data" if held_out else "the first batches of the data itself",
+        "measured on": measured_on,
         **summary(before, after),
         "before": before.document(),
         "after": after.document(),

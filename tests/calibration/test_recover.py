@@ -212,6 +212,23 @@ def test_convert_calibrates_and_recovers_in_one(net: nn.Module) -> None:
     assert alone.report.facts["data"] == "none"
 
 
+def test_what_judges_is_held_out(net: nn.Module, student: nn.Module) -> None:
+    """The last tenth is not learned from; a factory of the same batches is parted in the same way."""
+    parts = [part for batch in DATA for part in batch.split(len(batch) // 4)] * 2
+    parts = parts[:21]
+    lesson = replace(SHORT, steps=10, every=5)
+    given = nc.recover(student, net, parts[:19], lesson=lesson, held_out=parts[19:])
+    held = nc.recover(student, net, parts, lesson=lesson)
+    assert_same_state(given.model, held.model)
+    assert held.report.facts["measured on"] == "the last 2 batches, held out"
+    assert held.report.facts["after"] == given.report.facts["after"]
+    factory = nc.recover(student, net, lambda: iter(parts), lesson=lesson)
+    listed = nc.recover(student, net, lambda: iter(parts[:19]), lesson=lesson, held_out=parts[19:])
+    assert_same_state(factory.model, listed.model)
+    few = nc.recover(student, net, parts[:9], lesson=lesson).report.facts
+    assert few["measured on"] == "the first batches of the data itself"
+
+
 def test_numbers_that_are_no_scores_are_judged_by_their_distance(net: nn.Module) -> None:
     student = nc.apply_plan(net, _plan(net)).model
     taught = nc.recover(student, net, DATA, lesson=replace(SHORT, scores=False))
