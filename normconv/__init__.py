@@ -24,11 +24,14 @@ _PUBLIC = {
     "convert_": "normconv.api",
     "export_onnx": "normconv.deploy",
     "fold": "normconv.folding",
+    "initialise": "normconv.calibration",
+    "initialise_": "normconv.calibration",
     "load": "normconv.sources",
     "make_plan": "normconv.surgery",
     "recover": "normconv.calibration",
     "save": "normconv.sources",
     "verify": "normconv.deploy",
+    "wrap": "normconv.layers",
     "Check": "normconv.report",
     "Plan": "normconv.plan",
     "Recipe": "normconv.plan",
@@ -67,6 +70,8 @@ if TYPE_CHECKING:
     from normconv.api import convert_ as convert_
     from normconv.auditing import audit as audit
     from normconv.calibration import calibrate as calibrate
+    from normconv.calibration import initialise as initialise
+    from normconv.calibration import initialise_ as initialise_
     from normconv.calibration import recover as recover
     from normconv.deploy import export_onnx as export_onnx
     from normconv.deploy import verify as verify
@@ -80,6 +85,7 @@ if TYPE_CHECKING:
     from normconv.errors import Refused as Refused
     from normconv.errors import UsageError as UsageError
     from normconv.folding import fold as fold
+    from normconv.layers import wrap as wrap
     from normconv.plan import Plan as Plan
     from normconv.plan import Recipe as Recipe
     from normconv.plan import Rule as Rule

@@ -9,8 +9,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from normconv.calibration import Lesson, Progress, calibrate_and_recover
-from normconv.calibration.batches import DataUse, Source, check_use
+from normconv.calibration import (
+    Lesson,
+    Progress,
+    calibrate_and_recover,
+    check_asked,
+    check_calibrable,
+    initialise_converted,
+)
+from normconv.calibration.batches import DataUse, Source
 from normconv.calibration.kept import Cache
 from normconv.errors import CaptureError, CheckFailed, Problem, UsageError
 from normconv.graph import trace
@@ -59,6 +66,7 @@ def convert(
     insert_after: str | Iterable[str] = (),
     output: Literal["module", "graph"] = "module",
     data: Source | None = None,
+    init: Literal["", "data"] = "",
     held_out: Source | None = None,
     min_agreement: float | None = None,
     recover: int | Lesson = 0,
@@ -92,6 +100,7 @@ def convert(
         insert_after: with ``gn``, globs of layers that have no norm and get one.
         output: ``graph`` returns an `fx.GraphModule` rewritten by FX passes.
         data: unlabelled batches; norms of a ``gn`` target are calibrated on them, see `calibrate`.
+        init: ``data`` starts an untrained result on `data` instead, see `initialise`.
         held_out: other batches, to measure how near the result is to the original.
         min_agreement: the least share of samples with the original's top-1, where there is data.
         recover: steps that the calibrated model is then taught by the original, or a whole `Lesson`.
@@ -120,13 +129,7 @@ def convert(
             Problem("at", 'it goes with output="module"', "convert the submodule alone")
         )
     _check_at(to, at)
-    measures = (held_out, min_agreement, recover or None, recover_data)
-    if data is None and any(each is not None for each in measures):
-        what = "there is no data: nothing would be calibrated, taught or measured"
-        where = "held_out, min_agreement, recover"
-        raise UsageError(Problem(where, what, "give data= (--calib)"))
-    if data is not None:
-        check_use(data_use, "calibrate")
+    check_asked(data, init, (held_out, min_agreement, recover or None, recover_data), data_use)
     args, kwargs, origin = _inputs_of(model, example_inputs, example_kwargs)
     notes = _lazy_notes(model)
     model = materialised(model, args, kwargs)
@@ -148,12 +151,8 @@ def convert(
             layers=layers,
             insert_after=insert_after,
         )
-    if data is not None and any(step.action == "insert" for step in plan.converted):
-        what = "a norm that was not there has nothing to be calibrated to"
-        raise UsageError(Problem("data", what, "leave it out; nc.recover teaches the result"))
-    if data is not None and all(step.fidelity == "exact" for step in plan.converted):
-        what = f"{plan.target} is exact: there is nothing to calibrate"
-        raise UsageError(Problem("data", what, "leave it out"))
+    if data is not None and not init:
+        check_calibrable(plan)
     result = apply_plan(base, plan)
     result = result._replace(report=result.report.extended(notes=notes))
     # The sites of a graph are those of the trace: it may have norms that the model calls as functions.
@@ -164,6 +163,8 @@ def convert(
     give_back_memory()
     if data is None:
         return result._replace(report=result.report.extended(facts={"data": "none"}))
+    if init:
+        return initialise_converted(result, data, data_use=data_use, progress=progress)
     return calibrate_and_recover(
         result,
         plan,

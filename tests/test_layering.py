@@ -26,6 +26,7 @@ ROOMS = (
     "auditing",
     "calibration",
     "privacy",
+    "training",
     "deploy",
     "api",
     "demo",

@@ -876,8 +876,12 @@ ZOO: dict[str, Case] = {
     "instance_norm_affine": _norm2(
         lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
     ),
-    "instance_norm_alone": _norm2(lambda: nn.InstanceNorm2d(4), refused="no BatchNorm"),
-    "group_norm_alone": _norm2(lambda: nn.GroupNorm(2, 4), refused="no BatchNorm"),
+    "instance_norm_alone": _norm2(
+        lambda: nn.InstanceNorm2d(4), refused="no BatchNorm", plan={"layers": "normed"}
+    ),
+    "group_norm_alone": _norm2(
+        lambda: nn.GroupNorm(2, 4), refused="no BatchNorm", plan={"layers": "normed"}
+    ),
     "frozen_torchvision": Case(tv_frozen, (C2,), fold=1),
     "frozen_by_hand": _norm2(lambda: HandFrozenNorm(4)),
     "frozen_odd_eps": _norm2(lambda: OddEpsNorm(4, eps=1e-2), refused="differs"),

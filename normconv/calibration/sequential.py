@@ -214,7 +214,7 @@ def _sampled(model: nn.Module, plan: Plan) -> list[Step]:
     found = []
     names = Names(model)
     for step in plan.converted:
-        if names.known(step.site) and step.phase == "eval":
+        if step.action != "insert" and names.known(step.site) and step.phase == "eval":
             norm = model.get_submodule(normalizer_name(model, step.site))
             if isinstance(norm, nn.GroupNorm):
                 found.append(step)

@@ -2,24 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 from torch import nn
 
-from normconv.calibration.batches import DataUse, Source
+from normconv.calibration.batches import DataUse, Source, check_use
+from normconv.calibration.data_init import initialise
 from normconv.calibration.distillation import recover
 from normconv.calibration.drift import Progress
 from normconv.calibration.kept import Cache
 from normconv.calibration.lessons import Lesson
 from normconv.calibration.sequential import calibrate
-from normconv.errors import CheckFailed
+from normconv.errors import CheckFailed, Problem, UsageError
 from normconv.plan import Plan
 from normconv.report import Report
 from normconv.surgery import Result
 
-__all__ = ["calibrate_and_recover"]
+__all__ = ["calibrate_and_recover", "check_asked", "check_calibrable", "initialise_converted"]
+
+
+def check_asked(
+    data: Source | None, init: str, measures: Sequence[object], data_use: DataUse
+) -> None:
+    """Refuse to calibrate, teach, measure or initialise without data, or what does not go together.
+
+    Args:
+        data: what was given.
+        init: ``data`` for initialisation, empty for calibration.
+        measures: options that only calibration and recovery have; None for those not given.
+        data_use: see `calibrate`.
+
+    Raises:
+        UsageError: says what is missing.
+    """
+    asked = any(each is not None for each in measures)
+    if data is None and asked:
+        what = "there is no data: nothing would be calibrated, taught or measured"
+        where = "held_out, min_agreement, recover"
+        raise UsageError(Problem(where, what, "give data= (--calib)"))
+    if init not in ("", "data") or (init and (data is None or asked)):
+        what = (
+            f"{init!r}: it is 'data', and goes with data but no held_out, min_agreement or recover"
+        )
+        raise UsageError(Problem("init", what, "leave it out, or give init='data', data=batches"))
+    if data is not None:
+        check_use(data_use, "initialise" if init else "calibrate")
+
+
+def check_calibrable(plan: Plan) -> None:
+    """Refuse data for a plan that leaves nothing to calibrate.
+
+    Raises:
+        UsageError: the plan is exact, or puts norms in where there were none.
+    """
+    if any(step.action == "insert" for step in plan.converted):
+        what = "a norm that was not there has nothing to be calibrated to"
+        raise UsageError(Problem("data", what, "leave it out; nc.recover teaches the result"))
+    if all(step.fidelity == "exact" for step in plan.converted):
+        what = f"{plan.target} is exact: there is nothing to calibrate"
+        raise UsageError(Problem("data", what, "leave it out"))
 
 
 def calibrate_and_recover(
@@ -87,6 +130,26 @@ def calibrate_and_recover(
     return Result(model, _joined(report, last))
 
 
+def initialise_converted(
+    converted: Result,
+    data: Source,
+    *,
+    data_use: DataUse = "public",
+    progress: Callable[[str], Progress] | None = None,
+) -> Result:
+    """Initialise a converted model by data; what that found stands under ``initialise`` in the facts.
+
+    Raises:
+        UsageError: what was converted was trained; see `initialise`.
+        CheckFailed: some channel is not standard; carries all that was found.
+    """
+    with _after(converted.report):
+        model, report = initialise(
+            converted.model, data, data_use=data_use, progress=progress and progress("initialise")
+        )
+    return Result(model, _joined(converted.report, report))
+
+
 @contextmanager
 def _after(report: Report) -> Iterator[None]:
     """Put what was found before into the report of a check that fails in the block."""
@@ -98,8 +161,8 @@ def _after(report: Report) -> Iterator[None]:
 
 
 def _joined(before: Report, after: Report) -> Report:
-    if after.verb == "recover":
-        facts = {"recover": after.facts}
+    if after.verb in ("recover", "initialise"):
+        facts = {after.verb: after.facts}
         return before.extended(checks=after.checks, facts=facts, notes=_new(before, after))
     rows = zip(before.sites, after.sites, strict=True)
     sites = tuple(replace(new, error=old.error, bound=old.bound) for old, new in rows)

@@ -7,7 +7,17 @@ import sys
 import typer
 
 from normconv import __version__
-from normconv.cli import audit, calibrate, convert, demo, deploy, fold, inspect
+from normconv.cli import (
+    audit,
+    calibrate,
+    compare,
+    convert,
+    demo,
+    deploy,
+    fold,
+    initialise,
+    inspect,
+)
 
 __all__ = ["app", "main"]
 
@@ -41,12 +51,14 @@ app.command("demo")(demo.demo)
 app.command("inspect")(inspect.inspect)
 app.command("plan")(convert.plan)
 app.command("convert")(convert.convert)
+app.command("initialise")(initialise.initialise)
 app.command("calibrate")(calibrate.calibrate)
 app.command("recover")(calibrate.recover)
 app.command("fold")(fold.fold)
 app.command("export")(deploy.export)
 app.command("verify")(deploy.verify)
 app.command("audit")(audit.audit)
+app.command("compare")(compare.compare)
 
 
 def main() -> None:

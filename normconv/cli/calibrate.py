@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from normconv.plan import Plan
     from normconv.report import Report
 
-__all__ = ["DataOptions", "calibrate", "progress_of", "recover"]
+__all__ = ["BatchOptions", "Data", "DataOptions", "calibrate", "progress_of", "recover"]
 
 
 @dataclass(frozen=True)
-class DataOptions:
+class BatchOptions:
     """How images and arrays become batches.
 
     Args:
@@ -49,12 +49,8 @@ class DataOptions:
         mean: of each channel; empty for the model's own.
         std: of each channel.
         size: of the square that images are cropped to.
-        held_out: other data, to measure on.
-        min_agreement: the least share of samples with the original's top-1.
         data_use: whose the data is.
-        cache: whether the original's activations are kept on disk.
         device: what to compute on.
-        plot: a PNG file of drift by depth.
     """
 
     batch: Annotated[int, typer.Option("--batch-size", min=1, help="Samples a batch.")] = 64
@@ -68,16 +64,6 @@ class DataOptions:
     size: Annotated[
         int | None, typer.Option("--size", min=1, help="Scale and crop images to this square.")
     ] = None
-    held_out: Annotated[
-        str | None,
-        typer.Option("--held-out", metavar="DATA", help="Other data to measure agreement on."),
-    ] = None
-    min_agreement: Annotated[
-        float | None,
-        typer.Option(
-            "--min-agreement", min=0, max=1, help="Exit 1 below this share of same top-1."
-        ),
-    ] = None
     data_use: Annotated[
         str,
         typer.Option(
@@ -85,26 +71,15 @@ class DataOptions:
             help="public; private: the report says that no accountant covered it; none: refuse.",
         ),
     ] = "public"
-    cache: Annotated[
-        str,
-        typer.Option("--cache", help="disk keeps the original's activations there: fewer passes."),
-    ] = "none"
     device: Annotated[
         str,
         typer.Option("--device", help="To compute on; auto takes a GPU where there is one."),
     ] = "auto"
-    plot: Annotated[
-        Path | None,
-        typer.Option("--plot", metavar="PNG", help="Also draw the drift of each norm by depth."),
-    ] = None
 
     def join(self) -> Share:
         """Join the processes started together, and say what part of the data is this one's."""
         from normconv.calibration import join_processes
-        from normconv.report.drift_plot import check_plot_path
 
-        if self.plot is not None:
-            check_plot_path(self.plot)
         return join_processes(self.device)
 
     def open(self, spec: str | None, model: nn.Module, share: Share, *, at_least: int = 0) -> Any:
@@ -119,6 +94,45 @@ class DataOptions:
         part = (share.rank, share.processes)
         limit = max(self.limit, at_least)
         return open_data(spec, transform=transform, batch=self.batch, limit=limit, share=part)
+
+
+@dataclass(frozen=True)
+class DataOptions(BatchOptions):
+    """Also how what is made of a model by them is measured against its original.
+
+    Args:
+        held_out: other data, to measure on.
+        min_agreement: the least share of samples with the original's top-1.
+        cache: whether the original's activations are kept on disk.
+        plot: a PNG file of drift by depth.
+    """
+
+    held_out: Annotated[
+        str | None,
+        typer.Option("--held-out", metavar="DATA", help="Other data to measure agreement on."),
+    ] = None
+    min_agreement: Annotated[
+        float | None,
+        typer.Option(
+            "--min-agreement", min=0, max=1, help="Exit 1 below this share of same top-1."
+        ),
+    ] = None
+    cache: Annotated[
+        str,
+        typer.Option("--cache", help="disk keeps the original's activations there: fewer passes."),
+    ] = "none"
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="PNG", help="Also draw the drift of each norm by depth."),
+    ] = None
+
+    def join(self) -> Share:
+        """Do as every command with data, once the plot's path is checked."""
+        from normconv.report.drift_plot import check_plot_path
+
+        if self.plot is not None:
+            check_plot_path(self.plot)
+        return super().join()
 
     def draw(self, report: Report) -> dict[str, str]:
         """Draw what was asked for; return what was written."""

@@ -50,6 +50,8 @@ class RecipeOptions:
         strict: refuse when a norm would have to stay.
         drop_unreached: empty the slots of norms that nothing calls.
         at: the submodule whose norms are spoken of.
+        layers: which layers are reparametrised.
+        insert_after: globs of layers that get a norm after them.
     """
 
     to: Annotated[
@@ -76,6 +78,14 @@ class RecipeOptions:
         bool, typer.Option("--drop-unreached", help="Empty the slots of norms that nothing calls.")
     ] = False
     at: At = ""
+    layers: Annotated[
+        str | None,
+        typer.Option("--layers", help="wn: reparametrise the normed layers, or all."),
+    ] = None
+    insert_after: Annotated[
+        list[str] | None,
+        typer.Option("--insert-after", metavar="GLOB", help="gn: new norms there; repeatable."),
+    ] = None
 
     @property
     def keywords(self) -> dict[str, Any]:
@@ -87,6 +97,8 @@ class RecipeOptions:
             "strict": self.strict,
             "drop_unreached": self.drop_unreached,
             "at": self.at,
+            "layers": self.layers,
+            "insert_after": self.insert_after or (),
         }
 
 
@@ -153,7 +165,7 @@ def convert(
     """
     if output not in ("module", "graph"):
         raise UsageError(f"--output takes module or graph, not {output!r}")
-    said = (recipe.to, recipe.include, recipe.exclude, recipe.option, recipe.at)
+    said = (recipe.to, *(value for value in recipe.keywords.values() if value is not True))
     if plan_file is not None and any(said):
         raise UsageError(
             "--plan already says what becomes of each site: leave --to, --at and the globs out"

@@ -18,6 +18,7 @@ from normconv.graph.calls import LIKE, Call, CallGraph, first_shape, function_na
 from normconv.graph.families import is_leaf, is_norm
 from normconv.graph.names import Names
 from normconv.graph.quiet import quiet
+from normconv.layers import Reparametrised
 
 __all__ = ["capture_with_fx", "graph_of", "is_fixed_batch_norm", "trace", "untouched_defaults"]
 
@@ -26,7 +27,9 @@ class _Tracer(fx.Tracer):
     """Keeps norms and linear operators whole, whoever subclassed them."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
+        # A reparametrised layer of torch's, such as an LSTM, is as whole as the layer that it was.
+        of_torch = isinstance(m, Reparametrised) and m.plain_class.__module__.startswith("torch.nn")
+        return of_torch or is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace(

@@ -57,8 +57,7 @@ def absorb_affine_(
         value = affine.shift if bias is None else affine.scale * bias.double() + affine.shift
         _set_bias(layer, value, like=weight, trainable=bias_trainable)
         if reparametrised:
-            gain = getattr(layer, reparametrised.computed_from[0])
-            gain.copy_(gain.double() * affine.scale.reshape(gain.shape))
+            reparametrised.multiply_rows_(affine.scale)
         elif weight_norm:
             weight_norm_(layer, affine.scale)
         else:

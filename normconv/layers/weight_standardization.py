@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from normconv.errors import Problem, UsageError
-from normconv.layers.operators import layout_of
+from normconv.layers.operators import row_layouts
 from normconv.layers.reparametrised import (
     Reparametrised,
     a_kind,
-    plain_weight,
+    plain_weights,
     reparametrise_,
     unfit_for,
 )
@@ -55,23 +55,22 @@ class WeightStandardized(Reparametrised):
     weight_v: nn.Parameter
     dialect: str
 
-    @property
-    def weight(self) -> Tensor:
-        """The computed weight: same shape, dtype and memory format as `weight_v`."""
-        layout = self._layout
-        return _standard_weight(
-            self.weight_gain, self.weight_v, layout.transposed, layout.groups, self.dialect
-        )
+    def computed(self, name: str = "weight") -> Tensor:
+        """Return the standardized weight: same shape, dtype and memory format as its v."""
+        layout = self.row_layout(name)
+        gain, v = self.gain_and_v(name)
+        return _standard_weight(gain, v, layout.transposed, layout.groups, self.dialect)
 
-    def true_weight(self) -> tuple[Tensor, Tensor]:
+    def true_weight(self, name: str = "weight") -> tuple[Tensor, Tensor]:
         """Return the float64 weight rounded once, and that no row was repaired, (O,) bool."""
-        gain, v, layout = self.weight_gain.detach(), self.weight_v.detach(), self._layout
+        gain, v = self.gain_and_v(name)
+        layout = self.row_layout(name)
         repaired = torch.zeros(layout.channels(v), dtype=torch.bool, device=v.device)
-        return true_standard_weight(gain, v, layout, self.dialect), repaired
+        return true_standard_weight(gain.detach(), v.detach(), layout, self.dialect), repaired
 
-    def pullback(self) -> Pullback:
-        """Return the map from gradients of the weight to those of `weight_gain` and `weight_v`."""
-        return standard_pullback(self.weight_gain, self.weight_v, self._layout, self.dialect)
+    def pullback(self, name: str = "weight") -> Pullback:
+        """Return the map from gradients of a weight to those of its gain and v."""
+        return standard_pullback(*self.gain_and_v(name), self.row_layout(name), self.dialect)
 
     def extra_repr(self) -> str:
         """Say what the plain layer says, and the dialect."""
@@ -93,11 +92,12 @@ def weight_standardize_(layer: Layer, *, dialect: str = "timm") -> Layer:
     v = w as it is and gain = d(w) / s: a layer whose filters have zero mean computes what it did, any
     other loses the mean, which no standardized filter has (`mean_share` says how much that is).
     `weight_gain` and `weight_v` take the place of `weight` in the order of parameters and inherit its
-    `requires_grad`. `weight_v` is the very parameter that `weight` was.
+    `requires_grad`. `weight_v` is the very parameter that `weight` was. A layer of several weights gets
+    such a pair for each.
 
     Args:
-        layer: Linear, Conv1d-3d or ConvTranspose1d-3d (or a subclass) with a plain weight and at least
-            two elements in a filter.
+        layer: of a family that `weight_norm_` takes, with plain weights and at least two elements in a
+            row.
         dialect: what divides, and by which eps: ``timm``, ``qiao``, ``bit`` or ``nf``; see
             `normconv.numerics.DIALECTS`.
 
@@ -109,12 +109,14 @@ def weight_standardize_(layer: Layer, *, dialect: str = "timm") -> Layer:
     >>> isinstance(layer, nn.Conv2d), [name for name, _ in layer.named_parameters()]
     (True, ['weight_gain', 'weight_v', 'bias'])
     """
-    weight, layout = plain_weight(layer, WeightStandardized.what)
+    plain, layouts = plain_weights(layer, WeightStandardized.what), row_layouts(layer)
     if reason := unfit_for_weight_standardization(layer):
         raise UsageError(Problem(type(layer).__name__, reason, "leave this layer plain"))
-    gain = standard_gain(weight, layout, dialect).to(weight.dtype)
-    gain = gain.reshape(layout.row_shape(weight))
-    return reparametrise_(layer, "ws", gain, {"dialect": dialect})
+    gains = {}
+    for name, weight in plain.items():
+        gain = standard_gain(weight, layouts[name], dialect).to(weight.dtype)
+        gains[name] = gain.reshape(layouts[name].row_shape(weight))
+    return reparametrise_(layer, WeightStandardized.kind, gains, {"dialect": dialect})
 
 
 def unfit_for_weight_standardization(layer: nn.Module) -> str:
@@ -123,23 +125,27 @@ def unfit_for_weight_standardization(layer: nn.Module) -> str:
     >>> unfit_for_weight_standardization(nn.Conv2d(4, 4, 1, groups=4))
     'its filters have one element each: without its mean a filter is 0'
     """
-    weight, layout = layer._parameters.get("weight"), layout_of(layer)
-    if weight is None or layout is None:
+    layouts = row_layouts(layer)
+    weights = [layer._parameters.get(name) for name in layouts]
+    if not weights:
         return "it is no Linear or convolution with a plain weight"
-    n = weight.numel() // max(1, layout.channels(weight))
-    if n == 1:
-        return "its filters have one element each: without its mean a filter is 0"
-    if n == 0:
-        return "it has no weight elements"
-    return unfit_for("ws", layer)
+    for weight, layout in zip(weights, layouts.values(), strict=True):
+        if weight is None:
+            return "it is no Linear or convolution with a plain weight"
+        n = weight.numel() // max(1, layout.channels(weight))
+        if n == 1:
+            return "its filters have one element each: without its mean a filter is 0"
+        if n == 0:
+            return "it has no weight elements"
+    return unfit_for(WeightStandardized.kind, layer)
 
 
 def mean_share(layer: nn.Module) -> Tensor:
     """Return what part of each filter weight standardization takes away: √n |mean(w)| / ‖w‖.
 
     Args:
-        layer: with a plain weight, or one that `weight_standardize_` made: its `weight_v` still has the
-            mean.
+        layer: with a plain `weight`, or one that `weight_standardize_` made: its `weight_v` still has
+            the mean.
 
     Returns:
         (O,) float64 in 0 to 1; ‖w − mean(w)‖² = (1 − share²) ‖w‖².
@@ -151,7 +157,9 @@ def mean_share(layer: nn.Module) -> Tensor:
     >>> mean_share(layer)
     tensor([1.], dtype=torch.float64)
     """
-    layout = layout_of(layer)
-    if isinstance(layer, WeightStandardized) and layout is not None:
-        return mean_shares(layer.weight_v, layout)
-    return mean_shares(*plain_weight(layer, WeightStandardized.what))
+    if isinstance(layer, WeightStandardized):
+        return mean_shares(layer.weight_v, layer.row_layout())
+    weights = plain_weights(layer, WeightStandardized.what)
+    if "weight" not in weights:
+        raise UsageError(Problem(type(layer).__name__, "it has several weights, none named weight"))
+    return mean_shares(weights["weight"], row_layouts(layer)["weight"])

@@ -22,7 +22,15 @@ from normconv.numerics.rows import (
     wide_row_norms,
 )
 
-__all__ = ["GainDirection", "normed_weight", "split_weight", "split_weight_", "true_weight"]
+__all__ = [
+    "GainDirection",
+    "LogGains",
+    "log_gains",
+    "normed_weight",
+    "split_weight",
+    "split_weight_",
+    "true_weight",
+]
 
 
 class GainDirection(NamedTuple):
@@ -121,3 +129,43 @@ def split_weight_(weight: Tensor, factor: Tensor | None, layout: RowLayout) -> G
     if fan and not weight.is_meta and bool(zero.any()):
         fill_rows_(weight, zero, fan**-0.5, layout)
     return GainDirection(g, weight)
+
+
+class LogGains(NamedTuple):
+    """Signed gains as g = sign · e^(c·s).
+
+    Args:
+        s: log|g| / c, (O,) float64.
+        sign: ±1, (O,) float64.
+        floored: where g was 0, (O,) bool.
+    """
+
+    s: Tensor
+    sign: Tensor
+    floored: Tensor
+
+
+def log_gains(g: Tensor, c: float, dtype: torch.dtype) -> LogGains:
+    """Split signed gains into sign and logarithm, s = log|g| / c.
+
+    A gain of 0 has no logarithm. It becomes eps / √O of the largest, O gains in all: together such rows
+    are no more than the rounding of one number.
+
+    Args:
+        g: (O,) float64, not all 0.
+        c: not 0.
+        dtype: what weights are rounded to: its eps counts.
+
+    Source: Salimans & Kingma 2016, section 2 (g = e^s).
+
+    >>> s, sign, floored = log_gains(torch.tensor([-1.0, 0.0]).double(), 1.0, torch.float32)
+    >>> sign.tolist(), floored.tolist(), bool(s[1].exp() < 1e-7)
+    ([-1.0, 1.0], [False, True], True)
+    """
+    size, floored = g.abs(), g == 0
+    if g.numel():
+        floor = size.max() * torch.finfo(dtype).eps / g.numel() ** 0.5
+        size = torch.where(floored, floor, size)
+    return LogGains(
+        size.log() / c, torch.where(g < 0, -torch.ones_like(g), torch.ones_like(g)), floored
+    )

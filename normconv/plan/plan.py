@@ -17,12 +17,15 @@ __all__ = ["Action", "Plan", "Step"]
 
 SCHEMA = "normconv.plan/1"
 
-Action = Literal["fold", "forward", "affine", "frozen", "standardize", "fresh", "keep", "drop"]
+Action = Literal[
+    "fold", "forward", "affine", "frozen", "standardize", "fresh", "wrap", "insert", "keep", "drop"
+]
 """fold: into the producers. standardize: so, and their weights are standardized. forward: into the
 consumers. affine: a trainable `ChannelAffine` in the norm's slot. frozen: one that is not trained.
-fresh: there are no statistics to take over. keep: the norm stays. drop: the norm is never called and
-its slot is emptied. What another norm takes the place of is folded, or made an affine map, without γ
-and β, which that norm gets."""
+fresh: there are no statistics to take over. wrap: a layer without a norm is reparametrised as it is.
+insert: a norm is put after a layer that had none. keep: the norm or layer stays. drop: the norm is never
+called and its slot is emptied. What another norm takes the place of is folded, or made an affine map,
+without γ and β, which that norm gets."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,14 @@ class Step:
     """One decision.
 
     Args:
-        site: the norm's qualified name (the first, where it has several).
-        norm: the norm's class name.
+        site: the norm's qualified name (the first, where it has several); that of the layer where it is
+            about a layer without a norm.
+        norm: the norm's class name, or the layer's.
         target: the target's name, or ``keep``.
         action: what is done, see `Action`.
-        channels: C, the length of the norm's statistics.
-        producers: qualified names of the layers before it that the norm is folded into.
+        channels: C, the length of the norm's statistics, or the number of rows of the layer's weights.
+        producers: qualified names of the layers before it that the norm is folded into; with ``wrap`` the
+            layer that it shares its gain and v with.
         consumers: those of the layers after it, where it is folded forward.
         spans: for each of those layers, which channel each of its features is (`normconv.plan.Span`);
             empty for one to one.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 __all__ = ["record_outputs"]
 
@@ -53,8 +54,9 @@ def record_outputs(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str,
 
 def _hook(calls: list[Tensor]) -> Any:
     def keep(module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            calls.append(_sample(output.detach()))
+        for leaf in pytree.tree_leaves(output):  # a recurrent layer puts out its state as well
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                calls.append(_sample(leaf.detach()))
 
     return keep
 

@@ -40,7 +40,7 @@ def prove_converted(recording: RecordingWithin, candidate: nn.Module) -> Proof:
     """
     steps = recording.steps
     sampled = [step for step in steps if _normalizer(candidate, step) is not None]
-    unknown = [step for step in steps if step.action == "fresh"]
+    unknown = [step for step in steps if step.action in ("fresh", "insert")]
     if not sampled and not unknown:
         return prove_recorded_within(recording, candidate)
     facts, checks = _measured(recording, candidate)

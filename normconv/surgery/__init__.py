@@ -5,6 +5,7 @@ from normconv.surgery.apply import apply_plan as apply_plan
 from normconv.surgery.apply import apply_plan_ as apply_plan_
 from normconv.surgery.apply import check_plan as check_plan
 from normconv.surgery.identity import fingerprint as fingerprint
+from normconv.surgery.layer_steps import Layers as Layers
 from normconv.surgery.lazy import lazy_modules as lazy_modules
 from normconv.surgery.lazy import lazy_note as lazy_note
 from normconv.surgery.lazy import materialise_ as materialise_

@@ -17,6 +17,7 @@ from normconv.layers import copy_model, layout_of
 from normconv.plan import Plan, Span, Step, record
 from normconv.report import Report
 from normconv.surgery.identity import fingerprint
+from normconv.surgery.layer_steps import rows_of
 from normconv.surgery.lazy import lazy_problems
 from normconv.surgery.ready import check_tensors
 from normconv.surgery.wrappers import refuse_wrapped
@@ -116,7 +117,7 @@ def check_plan(model: nn.Module, plan: Plan, *, in_place: bool = False) -> None:
         what = f"the plan works within it, and the {type(model).__name__} has no such module"
         raise PlanError(Problem(plan.at, what, "make a plan for this model"))
     refuse_wrapped(model.get_submodule(plan.at))
-    if in_place and any(not step.site for step in plan.converted):
+    if in_place and any(_needs_a_slot(step) for step in plan.converted):
         what = "it is itself a norm: nothing holds its slot"
         raise PlanError(Problem(type(model).__name__, what, "wrap it: nn.Sequential(model)"))
     if lazy := lazy_problems(model):
@@ -126,30 +127,37 @@ def check_plan(model: nn.Module, plan: Plan, *, in_place: bool = False) -> None:
 
 
 def _carried_out(model: nn.Module, plan: Plan) -> Result:
-    if any(not step.site for step in plan.converted):
+    if any(_needs_a_slot(step) for step in plan.converted):
         holder = nn.Sequential(model)  # a model that is itself a norm: something must hold its slot
-        _carry_out(holder, [replace(step, site="0") for step in plan.converted])
+        notes = _carry_out(holder, [replace(step, site="0") for step in plan.converted])
         model = holder[0]
     else:
-        _carry_out(model, plan.converted)
+        notes = _carry_out(model, plan.converted)
     settle_(model)
     record(model, {"apply": plan.to_dict()})
-    return Result(model, plan.report("apply"))
+    return Result(model, plan.report("apply").extended(notes=notes))
 
 
-def _carry_out(model: nn.Module, steps: Iterable[Step]) -> None:
+def _needs_a_slot(step: Step) -> bool:
+    """Whether the model itself is what the step replaces."""
+    return not step.site and step.action != "wrap"
+
+
+def _carry_out(model: nn.Module, steps: Iterable[Step]) -> tuple[str, ...]:
     problems: list[Problem] = []
+    notes: list[str] = []
     # Of two norms around one layer the one before it goes first: weight norm comes last.
     for step in sorted(steps, key=lambda step: step.action != "forward"):
         try:
             if step.action == "drop":
                 empty_slot_(model, (step.site, *step.aliases))
             else:
-                make_target(step.target, step.options).edit(model, step)
+                notes += make_target(step.target, step.options).edit(model, step) or ()
         except PlanError as error:
             problems += error.problems
     if problems:
         raise PlanError(problems)
+    return tuple(notes)
 
 
 def _check_fit(model: nn.Module, plan: Plan) -> None:
@@ -183,6 +191,9 @@ def _coverage_problems(model: nn.Module, plan: Plan) -> list[Problem]:
     )
     counted = {name: 1 + len(known.aliases(name)) for name in planned}
     twice = [name for name, times in planned.items() if times > counted[name]]
+    layers = {s.site for s in plan.converted if s.action in ("wrap", "insert")}
+    folded = [n for s in plan.converted for n in (*s.producers, *s.consumers) if s.action != "wrap"]
+    twice += [name for name in dict.fromkeys(folded) if name in layers]
     norms = norm_names(model.get_submodule(plan.at))
     wanted = [known.canonical(".".join(filter(None, (plan.at, name)))) for name in norms]
     missing = [name for name in wanted if name not in planned]
@@ -215,6 +226,23 @@ def _layer_problems(model: nn.Module, step: Step, name: str, span: str) -> list[
     return []
 
 
+def _rows_problems(model: nn.Module, step: Step) -> list[Problem]:
+    """What keeps a layer without a norm from what the plan has for it."""
+    if step.consumers or len(step.producers) > (step.action == "wrap"):
+        what = f"'{step.action}' is about one layer, and 'wrap' may name one that it shares with"
+        return [Problem(step.site, what, "make a new plan")]
+    try:
+        layer = model.get_submodule(step.site)
+    except AttributeError:
+        return []  # said already
+    rows = rows_of(layer)
+    if rows != step.channels:
+        return [
+            Problem(step.site, f"the plan expects {step.channels} rows, its weights have {rows}")
+        ]
+    return []
+
+
 def _step_problems(model: nn.Module, step: Step) -> list[Problem]:
     problems: list[Problem] = []
     for name in (step.site, *step.aliases, *step.producers, *step.consumers):
@@ -224,6 +252,8 @@ def _step_problems(model: nn.Module, step: Step) -> list[Problem]:
             problems.append(Problem(name, "the plan names it and the model has no such module"))
     into = {"fold": step.producers, "standardize": step.producers, "forward": step.consumers}
     layers = into.get(step.action, ())
+    if step.action in ("wrap", "insert"):
+        problems += _rows_problems(model, step)
     if step.action in into and not layers:
         problems.append(
             Problem(step.site, "the plan folds it into no layer", "use action 'affine'")

@@ -14,13 +14,23 @@ from normconv.graph import (
     Survey,
     couples_in_training,
     is_norm,
+    norm_names,
     submodule,
     survey,
     survey_within,
     untouched_defaults,
 )
+from normconv.layers import kind_of
 from normconv.plan import KEEP, Plan, Recipe, Rule, Step, history_of
 from normconv.surgery.identity import fingerprint
+from normconv.surgery.insertions import check_insertion, insertion_steps
+from normconv.surgery.layer_steps import (
+    Layers,
+    LayerSteps,
+    check_layers,
+    layer_names,
+    layer_steps,
+)
 from normconv.surgery.lazy import lazy_modules, lazy_note, materialised
 from normconv.surgery.wrappers import refuse_wrapped
 from normconv.targets import make_target
@@ -42,22 +52,31 @@ def make_plan(
     strict: bool = True,
     drop_unreached: bool = False,
     at: str = "",
+    layers: Layers | None = None,
+    insert_after: str | Iterable[str] = (),
 ) -> Plan:
-    """Decide what becomes of every norm of a model; nothing is changed.
+    """Decide what becomes of every norm of a model, or of the layers of one without norms.
+
+    Nothing is changed.
 
     Args:
-        model: any module with norms that keep statistics. Lazy layers get their shapes from the example
-            inputs, on a copy; the plan then fits the model once it was called.
+        model: any module. Lazy layers get their shapes from the example inputs, on a copy; the plan then
+            fits the model once it was called.
         to: a target name, see the README, rules or a `Recipe`.
         example_inputs: positional inputs, as `torch.export` takes them; shapes count, values do not.
         example_kwargs: keyword inputs.
-        include: globs of sites to convert; all by default.
+        include: globs of sites to convert, by norms' names, or layers' where those are spoken of; all by
+            default.
         exclude: globs of sites to keep.
         options: the target's options.
         strict: refuse when a norm would stay that was not excluded; else keep it and list it.
         drop_unreached: empty the slots of norms that neither eval nor train mode calls.
         at: the name of a submodule: only its norms are spoken of, and only it need be traceable. The
             inputs are still those of the whole model, which is run once to see what the submodule gets.
+        layers: with ``wn``, which layers are reparametrised: the ``normed`` ones, or ``all`` that have a
+            weight, but for embeddings unless asked for; None takes the normed ones where there are norms,
+            else all.
+        insert_after: with ``gn``, globs of layers that have no norm and get one.
 
     Raises:
         PlanError: some norm cannot be converted; names each, with the reason and the way out.
@@ -75,17 +94,32 @@ def make_plan(
     for rule in recipe.rules:
         if rule.to != KEEP:
             make_target(rule.to, rule.options)  # a wrong name or option is told before any work
+    takes_layers = check_layers(layers, recipe)
+    globs = check_insertion(insert_after, recipe)
     refuse_wrapped(submodule(model, at) if at else model)
     lazy = len(lazy_modules(model))
     model = materialised(model, args, kwargs)
     _refuse_empty_norms(model)
     args, kwargs = _where_the_model_is(model, args, kwargs)
     found, found_notes = _surveyed(model, at, args, kwargs)
-    if not found.sites and not found.functional_norms:
+    normless = not found.sites and not found.functional_norms
+    of_all = layers == "all" or (
+        layers is None and takes_layers and normless and not history_of(model)
+    )
+    candidates = layer_names(model, at) if of_all or globs else ()
+    if normless and not candidates:
         raise PlanError(_nothing_to_do(model, at))
-    recipe.check_used([(site.name, site.op) for site in found.sites])
+    kinds = [(name, kind_of(model.get_submodule(name))) for name in candidates]
+    recipe.check_used([(site.name, site.op) for site in found.sites] + kinds)
     problems: list[Problem] = _functional_problems(found)
     steps = [_step(site, recipe, drop_unreached, problems) for site in found.sites]
+    rest = layer_steps(model, recipe, steps, at=at) if of_all else LayerSteps()
+    if globs:
+        rest = rest.joined(insertion_steps(model, recipe, globs, steps, args, kwargs, at=at))
+    steps += rest.steps
+    problems += rest.problems
+    if normless and not problems and all(step.action == "keep" for step in steps):
+        raise PlanError(_none_taken(model, at, steps, rest.notes))
     if problems and strict:
         raise PlanError(problems)
     return Plan(
@@ -99,10 +133,18 @@ def make_plan(
             *((lazy_note(lazy),) if lazy else ()),
             *_notes(found),
             *found_notes,
+            *((_NORMLESS,) if normless and of_all else ()),
+            *rest.notes,
             *(f"kept: {problem}" for problem in problems),
             *_coupling(model, found, steps),
         ),
     )
+
+
+_NORMLESS = (
+    "there are no norms with running statistics: all layers with a weight are reparametrised "
+    "(layers='all')"
+)
 
 
 def _refuse_empty_norms(model: nn.Module) -> None:
@@ -138,7 +180,11 @@ def _surveyed(
         found, reached = survey_within(model, at, args, kwargs)
         inner = model.get_submodule(at)
         return found, reached.notes + _assumptions(inner, reached.args, reached.kwargs)
-    return survey(model, args, kwargs), _assumptions(model, args, kwargs)
+    methods = None
+    if not norm_names(model) and not any(p.is_meta for p in model.parameters()):
+        methods = ("fx", "hooks")  # only norms called as functions are looked for: one pass tells
+    found = survey(model, args, kwargs, methods=methods)
+    return found, _assumptions(model, args, kwargs) if found.sites else ()
 
 
 def checked_inputs(
@@ -164,6 +210,15 @@ def checked_inputs(
     return args, dict(kwargs or {})
 
 
+def _none_taken(model: nn.Module, at: str, kept: Sequence[Step], notes: Sequence[str]) -> Problem:
+    if not kept:
+        return _nothing_to_do(model, at)
+    reasons = [*dict.fromkeys(step.reason for step in kept)][:_LISTED]
+    what = f"it has no norms, and none of its {len(kept)} layers is taken"
+    why = "; ".join([*reasons, *notes])
+    return Problem(at or type(model).__name__, f"{what} ({why})", "see include= and exclude=")
+
+
 def _nothing_to_do(model: nn.Module, at: str) -> Problem:
     where = at or type(model).__name__
     done = [entry["apply"] for entry in history_of(model) if "apply" in entry]
@@ -175,7 +230,7 @@ def _nothing_to_do(model: nn.Module, at: str) -> Problem:
     return Problem(
         where,
         "it has no BatchNorm nor any other norm with running statistics",
-        "`normconv inspect` shows what is in it",
+        "to='wn', layers='all' reparametrises the layers; `normconv inspect` shows what is in it",
     )
 
 
@@ -268,6 +323,8 @@ def _coupling(model: nn.Module, found: Survey, steps: Sequence[Step]) -> list[st
 
 
 def _notes(found: Survey) -> list[str]:
+    if not found.sites and not found.functional_norms:
+        return []  # then no dataflow was judged
     notes = [f"capture by {name} failed: {reason}" for name, reason in found.failures.items()]
     if found.method == "hooks":
         notes.append(

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from normconv.errors import PlanError, Problem
-from normconv.graph import Names, norm_state
-from normconv.layers import Reparametrised, unfit_for_weight_norm
-from normconv.numerics import all_finite
-from normconv.plan import Plan, Step
+from normconv.graph import Names, NormState, norm_state
+from normconv.layers import Reparametrised, obstacle_to, row_layouts, unfit_for_weight_norm
+from normconv.numerics import all_finite, wide_row_norms
+from normconv.plan import Plan, Span, Step
+from normconv.surgery.layer_steps import ties_problem
 
 __all__ = ["check_tensors"]
 
@@ -32,11 +33,20 @@ def check_tensors(model: nn.Module, plan: Plan, *, in_place: bool = False) -> No
     names, problems = Names(model), list[Problem]()
     written: dict[int, str] = {}
     for step in plan.converted:
-        if step.action in ("drop", "fresh"):
+        if step.action in ("drop", "fresh", "insert"):
+            continue
+        if step.action == "wrap":
+            problems += _wrap_problems(model, plan, step, names)
+            layer = model.get_submodule(step.site)
+            if in_place:
+                problems += _write_problems(step.site, layer)
+            written |= {id(t): f"{step.site}.{which}" for which, t in _tensors(layer)}
             continue
         state = norm_state(model.get_submodule(step.site))
         if isinstance(state, str):
             problems.append(Problem(step.site, state, "exclude it, or load sound statistics"))
+        elif step.options.get("scale") == "exp":
+            problems += _log_problems(model, step, state)
         for name, layer in _written(model, step):
             problems += _layer_problems(name, layer, step, names)
             written |= {id(tensor): f"{name}.{which}" for which, tensor in _tensors(layer)}
@@ -48,14 +58,44 @@ def check_tensors(model: nn.Module, plan: Plan, *, in_place: bool = False) -> No
         raise PlanError(list(dict.fromkeys(problems)))
 
 
+def _log_problems(model: nn.Module, step: Step, state: NormState) -> Iterator[Problem]:
+    """Layers all of whose gains would be 0, which no exponential is."""
+    scale = state.affine.scale
+    for place, name in enumerate((*step.producers, *step.consumers)):
+        weight = model.get_submodule(name)._parameters.get("weight")
+        if weight is None or weight.is_meta or scale.is_meta:
+            continue
+        channels = Span.read(step.spans[place]).channels if step.spans else range(len(scale))
+        factor = scale[list(channels)].to(weight.device)
+        if step.consumers:
+            some = bool(factor.any()) and bool(weight.any())
+        else:
+            layout = row_layouts(model.get_submodule(name))["weight"]
+            some = bool((wide_row_norms(weight, layout) * factor).any())
+        if not some:
+            what = f"all gains that {step.site} gives it are 0, and none of those is e^(c·s)"
+            yield Problem(name, what, "use scale='linear' there")
+
+
 def _written(model: nn.Module, step: Step) -> Iterator[_Place]:
     """The layers whose tensors the step writes."""
     for name in (*step.producers, *step.consumers):
         yield name, model.get_submodule(name)
 
 
+def _wrap_problems(model: nn.Module, plan: Plan, step: Step, names: Names) -> Iterator[Problem]:
+    """What keeps a layer without a norm from being reparametrised."""
+    layer = model.get_submodule(step.site)
+    scale = str(step.options.get("scale", "linear"))
+    if found := obstacle_to("wn", layer, scale=scale):
+        yield Problem(step.site, *found)
+    elif problem := ties_problem(model, plan, step, names):
+        yield problem
+
+
 def _tensors(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name in ("weight", "weight_g", "weight_v", "bias"):
+    computed = [part for name in row_layouts(layer) for part in (name, f"{name}_g", f"{name}_v")]
+    for name in (*computed, "weight_s", "weight_gain", "bias"):
         tensor = layer._parameters.get(name)
         if tensor is not None:
             yield name, tensor

@@ -55,8 +55,8 @@ class Target(Protocol):
         """Say what becomes of the site, or refuse it with a reason and a way out."""
         ...
 
-    def edit(self, root: nn.Module, step: Step) -> None:
-        """Do it, in place, on a copy of the model."""
+    def edit(self, root: nn.Module, step: Step) -> tuple[str, ...] | None:
+        """Do it, in place, on a copy of the model; return what a reader of the report should know."""
         ...
 
 

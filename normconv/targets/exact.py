@@ -61,7 +61,7 @@ class Absorbing:
             return Decision("forward", why, consumers=site.consumers, spans=site.spans)
         return Decision("affine", f"{site.obstacle}; {affine_cost(site)}")
 
-    def edit(self, root: nn.Module, step: Step) -> None:
+    def edit(self, root: nn.Module, step: Step) -> tuple[str, ...] | None:
         """Absorb the norm, or put its map into its slot."""
         names = (step.site, *step.aliases)
         if step.action in ("fold", "forward"):
@@ -75,3 +75,4 @@ class Absorbing:
             )
         else:
             affine_norm_(root, names)
+        return None

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from normconv.errors import Problem, UsageError
 from normconv.graph import Site, norm_state
-from normconv.graph.rewrite import replace_norm_
+from normconv.graph.rewrite import replace_module_, replace_norm_
+from normconv.layers import Normed
 from normconv.plan import Action, Step
 from normconv.targets.base import Decision
 from normconv.targets.exact import NO_STATISTICS, refusal
@@ -49,7 +50,7 @@ class GroupNorm:
     name: ClassVar[str] = "gn"
     fidelity: ClassVar[str] = "calibrated"
     couples: ClassVar[bool] = False
-    actions: ClassVar[tuple[Action, ...]] = ("fold", "affine", "fresh")
+    actions: ClassVar[tuple[Action, ...]] = ("fold", "affine", "fresh", "insert")
     promise: ClassVar[str] = "no sample sees another; near the original, nearer after `calibrate`"
 
     def __post_init__(self) -> None:
@@ -99,6 +100,24 @@ class GroupNorm:
             fidelity="fresh" if site.untrained else "",
         )
 
+    def decide_after(
+        self, layer: str, channels: int, shape: tuple[int, ...] | None
+    ) -> Decision | Problem:
+        """Decide on a norm after a layer that has none: nothing is trained, γ = 1 and β = 0."""
+        chosen = choose_groups(
+            channels,
+            shape,
+            groups=None if isinstance(self.groups, str) else self.groups,
+            channels_per_group=self.channels_per_group or None,
+            pretrained=False,
+        )
+        if isinstance(chosen, str):
+            return Problem(layer, chosen, "leave it out of insert_after")
+        eps = _FRESH if isinstance(self.eps, str) else self.eps
+        options = {"groups": chosen.number, "eps": eps}
+        why = f"{chosen.reason}; a new norm after it"
+        return Decision("insert", why, options=options, fidelity="fresh")
+
     @property
     def _eps(self) -> float:
         """What a step without options gets: a plan that was made here has a number."""
@@ -108,6 +127,14 @@ class GroupNorm:
         """Put the GroupNorm into the slot, and μ and σ before it."""
         names = (step.site, *step.aliases)
         was = root.get_submodule(step.site)
+        if step.action == "insert":
+            groups = 1 if isinstance(self.groups, str) else self.groups
+            eps = _FRESH if isinstance(self.eps, str) else self.eps
+            like = next(was.parameters())
+            place: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
+            norm = nn.GroupNorm(groups, step.channels, eps=eps, **place)
+            replace_module_(root, names, Normed.of(was, norm.requires_grad_(like.requires_grad)))
+            return
         if step.action == "fresh":
             replace_norm_(root, names, self._made(root, was, step.channels, scale=1.0), None)
             return

@@ -165,7 +165,7 @@ def test_exit_codes(digits: Path, plain_file: Path, tmp_path: Path) -> None:
     invoke("convert", tmp_path / "none.pt", code=2)
     invoke("convert", digits, "--to", "batchnorm", "--input", "2x1x8x8", code=2)
     invoke("convert", digits, "--input", "2x1x8x0", code=2)
-    invoke("convert", plain_file, "--input", "2x3x8x8", code=3)  # no norm at all
+    invoke("convert", plain_file, "--to", "plain", "--input", "2x3x8x8", code=3)  # no norm at all
     invoke("convert", digits, "--input", "2x7x8x8", code=3)  # the input does not fit
     text = tmp_path / "text.pt"
     text.write_text("not a model")

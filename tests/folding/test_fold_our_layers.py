@@ -97,7 +97,7 @@ def test_a_model_in_training_mode_folds_to_its_eval_function() -> None:
 def test_no_norm_is_left_to_convert() -> None:
     net = nn.Sequential(nn.Conv1d(2, 3, 3), mean_only(3))
     with pytest.raises(nc.NormconvError, match=r"[Nn]o"):
-        nc.make_plan(net, to="wn", example_inputs=(torch.randn(2, 2, 8),))
+        nc.make_plan(net, to="plain", example_inputs=(torch.randn(2, 2, 8),))
 
 
 def test_folded_after_a_round_trip_through_a_file(tmp_path: Path) -> None:

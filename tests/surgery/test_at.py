@@ -382,7 +382,7 @@ def test_refusals_name_the_place_and_the_way_out(at: str, error: type, words: st
             return super().encode(batch) + self.listed[0](batch["image"]).mean((2, 3))
 
     with pytest.raises(error) as caught:
-        nc.make_plan(More(), example_inputs=(BATCH,), at=at)
+        nc.make_plan(More(), example_inputs=(BATCH,), at=at, layers="normed")
     assert words in str(caught.value)
 
 

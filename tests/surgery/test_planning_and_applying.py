@@ -82,7 +82,7 @@ def test_mistakes_are_told_before_any_work() -> None:
     with pytest.raises(UsageError, match=r"nearest site: 'stem\.1'"):
         plan_for(model, "wn", exclude=["stm.1"])
     with pytest.raises(PlanError, match="no BatchNorm"):
-        plan_for(nn.Sequential(nn.Conv2d(3, 4, 1)))
+        plan_for(nn.Sequential(nn.Conv2d(3, 4, 1)), "plain")
 
 
 def test_all_refusals_come_at_once() -> None:

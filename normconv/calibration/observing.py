@@ -1,0 +1,70 @@
+"""A model is run no further than the last call of the modules that are looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from typing import Any
+
+from torch import Tensor, nn
+
+from normconv.graph.tracing import tensors_in
+from normconv.numerics import evaluating
+
+__all__ = ["Look", "observe"]
+
+Look = Callable[[Tensor, Tensor], None]
+
+
+class _FarEnough(BaseException):
+    """Every call that was waited for has returned; no forward that catches exceptions stops it."""
+
+
+def observe(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    looks: Mapping[str, Look],
+    calls: int = 0,
+) -> list[str]:
+    """Run a model in eval mode and show what modules get and give, while it is there.
+
+    Args:
+        model: not changed.
+        args: positional inputs.
+        kwargs: keyword inputs.
+        looks: by name of the module, what gets the first input and the first output tensor of each call.
+        calls: after how many of those the run ends; 0 for "run to the end".
+
+    Returns:
+        The names in the order in which their calls returned.
+
+    >>> import torch
+    >>> net, sizes = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)), []
+    >>> look = lambda x, y: sizes.append((len(x[0]), len(y[0])))
+    >>> observe(net, (torch.ones(1, 2),), {}, {"0": look}, calls=1), sizes
+    (['0'], [(2, 3)])
+    """
+    returned: list[str] = []
+
+    def hook(name: str) -> Any:
+        def look(
+            module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any
+        ) -> None:
+            (_, x), (_, y) = next(tensors_in((inputs, named))), next(tensors_in(output))
+            looks[name](x.detach(), y.detach())
+            returned.append(name)
+            if len(returned) == calls:
+                raise _FarEnough
+
+        return look
+
+    with ExitStack() as stack:
+        for name in looks:
+            module = model.get_submodule(name)
+            handle = module.register_forward_hook(hook(name), with_kwargs=True)
+            stack.callback(handle.remove)
+        stack.enter_context(evaluating(model))
+        with suppress(_FarEnough):
+            model(*args, **kwargs)
+    return returned

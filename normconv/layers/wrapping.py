@@ -1,0 +1,184 @@
+"""One layer weight-normed or weight-standardized, in place, once all that could stop it is checked."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, TypeVar
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from normconv.errors import Problem, UsageError
+from normconv.layers.operators import row_layouts
+from normconv.layers.reparametrised import Reparametrised, unfit_for
+from normconv.layers.weight_norm import WeightNormed, log_gain_, weight_norm_
+from normconv.layers.weight_standardization import (
+    unfit_for_weight_standardization,
+    weight_standardize_,
+)
+from normconv.numerics import DIALECTS, all_finite
+
+__all__ = ["check_scale", "obstacle_to", "wrap"]
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+def wrap(
+    layer: Layer,
+    to: Literal["wn", "ws"] = "wn",
+    *,
+    scale: Literal["linear", "exp"] = "linear",
+    c: float = 1.0,
+    dialect: str = "timm",
+) -> Layer:
+    """Reparametrise one layer in place, all of its weights, and return it.
+
+    ``wn``: w = g · v / ‖v‖ row by row, v = w as it is and g = ‖w‖: the function stays. With
+    ``scale="exp"`` the gain is g = e^(c·s). ``ws``: w = gain · s · (v − mean(v)) / d(v): the function
+    changes by what the means of the rows were (`normconv.layers.mean_share`), and stays where they are 0.
+
+    The layer stays an instance of its class; `nc.fold` brings back plain weights. A weight that other
+    layers hold too is shared no longer: those go on with v. `nc.convert` keeps tied layers tied.
+
+    Args:
+        layer: Linear, Conv1d-3d, ConvTranspose1d-3d (rows: output channels), Embedding (one row a
+            token), RNN, LSTM, GRU or a cell of them (one row a unit of a gate), MultiheadAttention (its
+            projections, `out_proj` included), or a subclass.
+        to: ``wn`` or ``ws``.
+        scale: ``wn``: what the gain is a function of.
+        c: ``scale="exp"``: how fast the gain follows s.
+        dialect: ``ws``: see `normconv.numerics.DIALECTS`.
+
+    Raises:
+        UsageError: a layer without such a weight, lazy, reparametrised already by normconv or torch, of
+            integer or quantized weights; no such option. The layer is as it was.
+
+    Source: Salimans & Kingma 2016, equation 2 and section 2; Qiao et al. 2019, equation 6.
+
+    >>> import torch
+    >>> import normconv as nc
+    >>> lstm, x = nn.LSTM(3, 4), torch.randn(5, 1, 3)
+    >>> before = lstm(x)[0]
+    >>> nc.wrap(lstm) is lstm, isinstance(lstm, nn.LSTM), torch.allclose(lstm(x)[0], before)
+    (True, True, True)
+    >>> [name for name, _ in lstm.named_parameters()][:2]
+    ['weight_ih_l0_g', 'weight_ih_l0_v']
+    """
+    problems = _option_problems(to, scale, c, dialect)
+    if not problems:
+        for name, part in _parts(layer).items():
+            if found := obstacle_to(to, part, scale=scale):
+                problems.append(Problem(name, *found))
+    if problems:
+        raise UsageError(problems)
+    for part in _parts(layer).values():
+        if to == "ws":
+            weight_standardize_(part, dialect=dialect)
+        else:
+            weight_norm_(part)
+            if scale == "exp":
+                log_gain_(part, c)
+    return layer
+
+
+def _parts(layer: nn.Module) -> dict[str, nn.Module]:
+    """The layer, and the layer inside it that holds a weight of its function."""
+    name = type(layer).__name__
+    if isinstance(layer, nn.MultiheadAttention):
+        return {name: layer, f"{name}.out_proj": layer.out_proj}
+    return {name: layer}
+
+
+def _option_problems(to: object, scale: object, c: Any, dialect: str) -> list[Problem]:
+    problems = []
+    if to not in ("wn", "ws"):
+        problems.append(Problem("to", f"a layer becomes 'wn' or 'ws', not {to!r}"))
+    if reason := check_scale(scale, c):
+        problems.append(Problem("scale", reason))
+    if to == "ws" and (scale, c) != ("linear", 1.0):
+        problems.append(Problem("scale", "only to='wn' has scale and c"))
+    if dialect not in DIALECTS:
+        problems.append(Problem("dialect", f"{dialect!r} is none of {', '.join(DIALECTS)}"))
+    elif to == "wn" and dialect != "timm":
+        problems.append(Problem("dialect", "only to='ws' has dialects"))
+    return problems
+
+
+def check_scale(scale: object, c: Any) -> str:
+    """Say what is wrong with the options of the gain; empty where nothing is.
+
+    >>> check_scale("exp", 1.0), check_scale("exp", 0.0)
+    ('', 'c=0.0 is no positive number')
+    """
+    if scale not in ("linear", "exp"):
+        return f"{scale!r} is neither 'linear' nor 'exp'"
+    if isinstance(c, bool) or not isinstance(c, (int, float)) or not 0 < c < math.inf:
+        return f"c={c!r} is no positive number"
+    return "" if scale == "exp" or c == 1 else f"c={c!r} goes with scale='exp'"
+
+
+_FOLD = "fold it first: nc.fold(model) folds every weight norm"
+_NEEDS = "takes Linear, convolution, Embedding, recurrent and MultiheadAttention layers"
+
+
+def obstacle_to(kind: str, layer: nn.Module, *, scale: str = "linear") -> tuple[str, str] | None:
+    """Say why a layer's own weights cannot be reparametrised, and the way out; None where they can.
+
+    Args:
+        kind: ``wn`` or ``ws``.
+        layer: read only.
+        scale: as in `wrap`.
+
+    >>> obstacle_to("wn", nn.Linear(2, 2)) is None, obstacle_to("wn", nn.LazyLinear(2))[0]
+    (True, 'LazyLinear is lazy and has no parameters yet')
+    """
+    name, layouts = type(layer).__name__, row_layouts(layer)
+    if isinstance(layer, Reparametrised):
+        return f"it has {layer.what} already", _FOLD
+    if parametrize.is_parametrized(layer):
+        chains: Any = layer.parametrizations
+        return f"torch computes its {', '.join(chains)} from other parameters", _FOLD
+    if not layouts:
+        return f"{name} has no weight that a row norm could be taken of", f"it {_NEEDS}"
+    for weight_name in layouts:
+        weight: Any = layer._parameters.get(weight_name)
+        if weight is None:
+            return f"its {weight_name} is no plain parameter (a hook computes it)", _FOLD
+        if is_lazy(weight):
+            return f"{name} is lazy and has no parameters yet", "call it once first"
+        if found := _unfit_weight(weight_name, weight):
+            return found
+        if scale == "exp" and not weight.is_meta and not bool(weight.any()):
+            what = f"its {weight_name} is 0, and no gain of 0 is e^(c·s)"
+            return what, "use scale='linear' there"
+    weights = [id(layer._parameters[weight_name]) for weight_name in layouts]
+    if len(set(weights)) < len(weights):
+        return "two of its weights are the same parameter", "leave this layer plain"
+    return _unfit_layer(kind, layer)
+
+
+def _unfit_weight(name: str, weight: Any) -> tuple[str, str] | None:
+    plain = "leave this layer plain"
+    if type(weight) is not nn.Parameter:  # a DTensor, or quantized
+        return f"its {name} is a {type(weight).__name__}, no plain tensor", plain
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        kind = str(weight.dtype).removeprefix("torch.")
+        return f"its {name} is {kind}, which holds no product", plain
+    if not weight.numel():
+        return f"its {name} has no elements", plain
+    if not all_finite(weight):
+        return f"its {name} holds NaN or infinity", "load sound weights first"
+    return None
+
+
+def _unfit_layer(kind: str, layer: nn.Module) -> tuple[str, str] | None:
+    plain = "leave this layer plain"
+    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
+        return "it renormalizes its table in place (max_norm)", "make it with max_norm=None"
+    if isinstance(layer, nn.Embedding) and layer.sparse:
+        return "its gradients are sparse, those of a norm are not", "make it with sparse=False"
+    own = unfit_for_weight_standardization(layer) if kind == "ws" else ""
+    if reason := own or unfit_for(WeightNormed.kind, layer):
+        return reason, plain
+    return None
