@@ -18,7 +18,7 @@ from normconv.calibration import (
     initialise_converted,
 )
 from normconv.calibration.batches import DataUse, Source
-from normconv.calibration.kept import Cache
+from normconv.calibration.replay import Cache
 from normconv.errors import CaptureError, CheckFailed, Problem, UsageError
 from normconv.graph import trace
 from normconv.graph.passes import FunctionalNormsToModules
@@ -72,7 +72,7 @@ def convert(
     recover: int | Lesson = 0,
     recover_data: Source | None = None,
     data_use: DataUse = "public",
-    cache: Cache = "none",
+    cache: Cache = "memory",
     progress: Callable[[str], Progress] | None = None,
 ) -> Result:
     """Return a copy of the model with its norms rewritten, proved to compute the same.

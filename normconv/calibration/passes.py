@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from normconv.calibration.replay import Replay
 from normconv.numerics import evaluating
 
 __all__ = ["Partial", "Seen", "run_until"]
@@ -77,21 +78,26 @@ class Partial:
     """What modules of a model get on each batch, from passes that end where the last has been called.
 
     Args:
-        model: its weights may change from pass to pass.
+        replay: the model.
         places: names of modules, each with the site that its inputs are wanted for.
+        moving: modules whose weights change from pass to pass, or that are looked at later.
     """
 
-    def __init__(self, model: nn.Module, places: Mapping[str, str]) -> None:
-        self.model, self.places = model, places
-        self.calls: Mapping[str, int] = dict.fromkeys(places, 0)
+    def __init__(self, replay: Replay, places: Mapping[str, str], moving: Set[nn.Module]) -> None:
+        self.replay, self.places, self.moving = replay, places, moving
 
-    def inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, list[Tensor]]:
-        """Return the inputs of each site, one of each call, in one pass."""
+    def inputs(
+        self, batch: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> dict[str, list[Tensor]]:
+        """Return the inputs of each site on a batch, one of each call, in one pass."""
         found: dict[str, list[Tensor]] = {site: [] for site in self.places.values()}
 
         def seen(name: str, value: Tensor) -> None:
             # The layer after may work in place on what is kept here.
             found[self.places[name]].append(value.clone())
 
-        self.calls = run_until(self.model, args, kwargs, self.calls, seen)
+        model, counted = self.replay.model, self.replay.calls(args, kwargs)
+        calls = {name: counted[model.get_submodule(name)] for name in self.places}
+        with self.replay.passing(batch, (args, kwargs), self.moving):
+            run_until(model, args, kwargs, calls, seen)
         return found

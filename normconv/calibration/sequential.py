@@ -11,13 +11,13 @@ from torch import nn
 
 from normconv.calibration.batches import Batches, DataUse, Source, check_use, notes_of
 from normconv.calibration.drift import Drift, Progress, measure_drift, summary
-from normconv.calibration.kept import Cache, Reader, original_inputs
 from normconv.calibration.matching import Match, candidates, match_
 from normconv.calibration.order import independent_groups
 from normconv.calibration.passes import Partial
 from normconv.calibration.patches import can_refit
 from normconv.calibration.ranks import of_all_ranks
 from normconv.calibration.refit import Fitted, Refit, refit_
+from normconv.calibration.replay import Cache, Replay, shelf_of
 from normconv.errors import CheckFailed, Problem, UsageError
 from normconv.graph import Names, NormState, norm_state
 from normconv.graph.rewrite import normalizer_name
@@ -37,28 +37,30 @@ class _Run:
     Args:
         model: changed in place.
         reference: the original.
-        original: reads what the reference's norms get.
+        passes: over both, in this order.
         data: inputs.
         batches: how many there are, over all processes.
         refit: whether layers are fitted to what the original puts out.
         groups: numbers of groups.
         fits: what the refits of the layers before them say.
         notes: warnings.
+        left: the steps that are still to be carried out.
     """
 
     model: nn.Module
     reference: nn.Module
-    original: Reader
+    passes: tuple[Replay, Replay]
     data: Batches
     batches: int
     refit: bool
     groups: dict[str, int] = field(default_factory=dict)
     fits: dict[str, Fitted] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    left: dict[str, Step] = field(default_factory=dict)
 
     def carry_out(self, steps: Sequence[Step], progress: Progress | None) -> None:
         """Calibrate, one group of sites that do not feed each other after the other."""
-        step_of = {step.site: step for step in steps}
+        step_of = self.left = {step.site: step for step in steps}
         args, kwargs = next(iter(self.data))
         order = independent_groups(self.reference, list(step_of), args, kwargs)
         for done, sites in enumerate(order):
@@ -70,6 +72,7 @@ class _Run:
             for site, match in self._matches(here).items():
                 if match.wanted is not None:
                     self.groups[site], _ = match_(match)
+            self.left = {site: step for site, step in self.left.items() if site not in sites}
             if progress is not None:
                 progress(done + 1, len(order), "")
 
@@ -91,16 +94,35 @@ class _Run:
                 layers[step.producers[0]] = step.site
         if not found:
             return {}
-        original, converted = self.original(list(found)), Partial(self.model, layers)
+        converted, original = self._partial(layers, {site: site for site in found})
         for batch, (args, kwargs) in enumerate(self.data):
-            before = original(batch, args, kwargs) if self.refit else {}
-            inputs = converted.inputs(args, kwargs)
+            before = original.inputs(batch, args, kwargs) if self.refit else {}
+            inputs = converted.inputs(batch, args, kwargs)
             for site, each in found.items():
                 for place, x in enumerate(inputs[site]):
                     each.add(x, before[site][place] if self.refit else None)
         for each in found.values():
             each.put_together()
         return found
+
+    def _partial(
+        self, places: Mapping[str, str], sites: Mapping[str, str]
+    ) -> tuple[Partial, Partial]:
+        """Passes over both models; what is still to be calibrated moves."""
+        moving = [
+            {root.get_submodule(name) for step in self.left.values() for name in names_of(step)}
+            for root, names_of in ((self.model, self._touched), (self.reference, _site_of))
+        ]
+        converted, original = self.passes
+        return Partial(converted, places, moving[0]), Partial(original, sites, moving[1])
+
+    def _touched(self, step: Step) -> list[str]:
+        return [*step.producers, step.site, normalizer_name(self.model, step.site)]
+
+    def repeats_itself(self) -> bool:
+        """Say whether both models put out the same with what passes kept and without."""
+        args, kwargs = next(iter(self.data))
+        return all(replay.repeats_itself(0, args, kwargs) for replay in self.passes)
 
     def _matches(self, steps: Sequence[Step]) -> dict[str, Match]:
         """Run both models as far as these sites, over all the data."""
@@ -112,9 +134,10 @@ class _Run:
                 tried = candidates(norm, bool(step.options.get("search")))
                 matches[step.site] = Match(norm, state, tried)
         places = {normalizer_name(self.model, site): site for site in matches}
-        original, converted = self.original(list(matches)), Partial(self.model, places)
+        converted, original = self._partial(places, {site: site for site in matches})
         for batch, (args, kwargs) in enumerate(self.data):
-            before, after = original(batch, args, kwargs), converted.inputs(args, kwargs)
+            before = original.inputs(batch, args, kwargs)
+            after = converted.inputs(batch, args, kwargs)
             for site, match in matches.items():
                 for one, other in zip(before[site], after[site], strict=True):
                     match.add(one, other)
@@ -132,7 +155,7 @@ def calibrate(
     held_out: Source | None = None,
     min_agreement: float | None = None,
     refit: bool = True,
-    cache: Cache = "none",
+    cache: Cache = "memory",
     data_use: DataUse = "public",
     progress: Progress | None = None,
 ) -> Result:
@@ -155,8 +178,8 @@ def calibrate(
         refit: also fit the weights before the norms, by ridge regression toward what they were, to what
             the original puts out there; without it only γ and β are set (and standardized weights get
             the filter nearest to theirs that has no mean).
-        cache: ``disk`` keeps what the original's norms get in a temporary folder: a pass of the original
-            over the data instead of two for each group of sites, and room for all those activations.
+        cache: where outputs of modules that will not change any more are kept, so that no pass runs them
+            again: ``memory`` (up to 2 GiB), ``disk`` (a temporary folder, without a limit) or ``none``.
         data_use: ``private`` says so in the report, with what it means; ``none`` refuses.
         progress: called with the number of groups of sites done and in all, and an empty text.
 
@@ -188,10 +211,18 @@ def calibrate(
         measured.checked()
     _check_runs(reference, model, measured)
     before = measure_drift(reference, model, plan.steps, measured)
-    sites, count = [step.site for step in steps], sum(of_all_ranks(used["batches"]))
-    with original_inputs(reference, sites, batches, cache) as original:
-        found = _Run(twin, reference, original, batches, count, refit)
+    count = sum(of_all_ranks(used["batches"]))
+    with shelf_of(cache) as shelf:
+        replays = Replay(twin, shelf), Replay(reference, shelf)
+        found = _Run(twin, reference, replays, batches, count, refit)
         found.carry_out(steps, progress)
+        steady = all(of_all_ranks(found.repeats_itself()))
+    if not steady:  # modules that do more than put something out
+        twin = copy_model(model)
+        with shelf_of("none") as shelf:
+            replays = Replay(twin, shelf), Replay(reference, shelf)
+            found = _Run(twin, reference, replays, batches, count, refit)
+            found.carry_out(steps, progress)
     after = measure_drift(reference, twin, plan.steps, measured)
     done = replace(plan, steps=tuple(_with_groups(step, found.groups) for step in plan.steps))
     used = {**used, "purpose": "calibrate", "use": data_use, "refit": refit}
@@ -219,6 +250,10 @@ def _sampled(model: nn.Module, plan: Plan) -> list[Step]:
             if isinstance(norm, nn.GroupNorm):
                 found.append(step)
     return found
+
+
+def _site_of(step: Step) -> list[str]:
+    return [step.site]
 
 
 def _check_pair(model: nn.Module, reference: nn.Module, plan: Plan, steps: Sequence[Step]) -> None:

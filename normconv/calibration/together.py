@@ -12,8 +12,8 @@ from normconv.calibration.batches import DataUse, Source, check_use
 from normconv.calibration.data_init import initialise
 from normconv.calibration.distillation import recover
 from normconv.calibration.drift import Progress
-from normconv.calibration.kept import Cache
 from normconv.calibration.lessons import Lesson
+from normconv.calibration.replay import Cache
 from normconv.calibration.sequential import calibrate
 from normconv.errors import CheckFailed, Problem, UsageError
 from normconv.plan import Plan
@@ -76,7 +76,7 @@ def calibrate_and_recover(
     lesson: Lesson | None = None,
     lesson_data: Source | None = None,
     data_use: DataUse = "public",
-    cache: Cache = "none",
+    cache: Cache = "memory",
     progress: Callable[[str], Progress] | None = None,
 ) -> Result:
     """Calibrate a converted model, and teach it where the lesson has steps.

@@ -103,7 +103,7 @@ class DataOptions(BatchOptions):
     Args:
         held_out: other data, to measure on.
         min_agreement: the least share of samples with the original's top-1.
-        cache: whether the original's activations are kept on disk.
+        cache: where activations are kept between passes.
         plot: a PNG file of drift by depth.
     """
 
@@ -119,8 +119,10 @@ class DataOptions(BatchOptions):
     ] = None
     cache: Annotated[
         str,
-        typer.Option("--cache", help="disk keeps the original's activations there: fewer passes."),
-    ] = "none"
+        typer.Option(
+            "--cache", help="Of activations, so that no pass starts anew: memory, disk, none."
+        ),
+    ] = "memory"
     plot: Annotated[
         Path | None,
         typer.Option("--plot", metavar="PNG", help="Also draw the drift of each norm by depth."),

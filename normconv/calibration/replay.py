@@ -1,0 +1,256 @@
+"""Passes over the same batches again, without running again what cannot have changed since.
+
+Calibration goes through a model from front to back, a pass for each group of norms. Without this its
+cost grows with the square of the depth: each pass would run all that is in front. What a module puts out
+before anything that may still change was called is kept, and stands in for it in the passes after.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from normconv.errors import Problem, UsageError
+from normconv.numerics import evaluating, relative_l2
+from normconv.proof import flat_outputs
+
+__all__ = ["Cache", "Replay", "Shelf", "shelf_of"]
+
+Cache = Literal["memory", "disk", "none"]
+_ROOM = 2**31  # bytes of memory
+_SAME = 1e-5  # rel-L2: a kernel may choose another order of sums
+
+
+class Shelf:
+    """Where outputs are kept, with the room that is left.
+
+    Args:
+        folder: on disk; None for memory.
+        room: in bytes.
+    """
+
+    def __init__(self, folder: Path | None, room: float) -> None:
+        self.folder, self.room = folder, room
+        self._files = 0
+
+    def put(self, value: Any) -> Callable[[], Any] | None:
+        """Keep a copy and return what gives one back; None where there is no room."""
+        size = _bytes_of(value)
+        if size > self.room:
+            return None
+        self.room -= size
+        if self.folder is None:
+            kept = _copied(value)
+            return lambda: _copied(kept)
+        path, self._files = self.folder / f"{self._files}.pt", self._files + 1
+        torch.save(value, path)
+        return lambda: torch.load(path)
+
+    def give_back(self, size: int) -> None:
+        """Say that so many bytes are free again."""
+        self.room += size
+
+
+@contextmanager
+def shelf_of(cache: Cache) -> Iterator[Shelf]:
+    """Give a shelf in memory, in a temporary folder, or without room.
+
+    Raises:
+        UsageError: an unknown cache.
+    """
+    if cache not in get_args(Cache):
+        what = f"{cache!r} is unknown"
+        raise UsageError(Problem("cache", what, f"take one of {', '.join(get_args(Cache))}"))
+    if cache == "disk":
+        with tempfile.TemporaryDirectory(prefix="normconv-") as folder:
+            yield Shelf(Path(folder), float("inf"))
+    else:
+        yield Shelf(None, _ROOM if cache == "memory" else 0)
+
+
+class _Kept:
+    """An output: what gives it back, and how large it is."""
+
+    def __init__(self, load: Callable[[], Any], size: int) -> None:
+        self.load, self.size = load, size
+
+
+class Replay:
+    """A model, and what its modules put out on each batch.
+
+    A module is left alone where its output shares memory with its input, where it writes into its input,
+    or where it has hooks of its own. What modules do besides putting something out is not seen:
+    `repeats_itself` tells.
+
+    Args:
+        model: run in eval mode; hooks and forwards are put on its modules and taken off again.
+        shelf: where outputs are kept.
+    """
+
+    def __init__(self, model: nn.Module, shelf: Shelf) -> None:
+        self.model, self.shelf = model, shelf
+        self._calls: Counter[nn.Module] | None = None
+        self._inputs: dict[int, Any] = {}
+        self._outputs: dict[int, dict[nn.Module, list[_Kept]]] = {}
+
+    def calls(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Counter[nn.Module]:
+        """Return how often each module is called, from one whole run on the first inputs asked with."""
+        if self._calls is None:
+            counted: Counter[nn.Module] = Counter()
+            with ExitStack() as stack:
+                for module in self.model.modules():
+                    handle = module.register_forward_pre_hook(lambda m, _: counted.update([m]))
+                    stack.callback(handle.remove)
+                with evaluating(self.model):
+                    self.model(*args, **kwargs)
+            self._calls = counted
+        return self._calls
+
+    @contextmanager
+    def passing(self, batch: int, inputs: Any, moving: Set[nn.Module]) -> Iterator[None]:
+        """Let what is kept of a batch stand in while the block runs the model on it, and keep more.
+
+        Args:
+            batch: its number.
+            inputs: what the model is called with; where they are others than the last time nothing that
+                was kept is used.
+            moving: modules that may change between passes, or that are looked at.
+        """
+        if not self.shelf.room and not self._outputs:
+            yield
+            return
+        if batch in self._inputs and not _equal(self._inputs[batch], inputs):
+            self._forget(batch)
+        self._inputs.setdefault(batch, _copied(inputs))
+        kept = self._outputs.setdefault(batch, {})
+        with ExitStack() as stack:
+            _Pass(self, kept, moving).watch(stack)
+            yield
+
+    def repeats_itself(self, batch: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Say whether the model puts out the same with what is kept and without."""
+        if not any(self._outputs.values()):
+            return True
+        with torch.no_grad(), evaluating(self.model):
+            plain = flat_outputs(self.model(*args, **kwargs))
+            with self.passing(batch, (args, kwargs), set()):
+                replayed = flat_outputs(self.model(*args, **kwargs))
+        return all(relative_l2(replayed[name], value) <= _SAME for name, value in plain.items())
+
+    def keep(self, kept: dict[nn.Module, list[_Kept]], module: nn.Module, output: Any) -> None:
+        """Keep an output; what was kept of the modules inside is not needed any more."""
+        if (load := self.shelf.put(output)) is None:
+            return
+        kept.setdefault(module, []).append(_Kept(load, _bytes_of(output)))
+        for inside in module.modules():
+            if inside is not module:
+                self._drop(kept.pop(inside, []))
+
+    def _forget(self, batch: int) -> None:
+        for outputs in self._outputs.pop(batch).values():
+            self._drop(outputs)
+        del self._inputs[batch]
+
+    def _drop(self, outputs: list[_Kept]) -> None:
+        for each in outputs:
+            self.shelf.give_back(each.size)
+
+
+class _Pass:
+    """One pass: which call of which module it is, and whether anything moving has been called."""
+
+    def __init__(
+        self, replay: Replay, kept: dict[nn.Module, list[_Kept]], moving: Set[nn.Module]
+    ) -> None:
+        self.replay, self.kept, self.moving = replay, kept, moving
+        self.moved = False
+        self.calls: Counter[nn.Module] = Counter()
+        self.inputs: dict[nn.Module, list[list[tuple[Tensor, int]]]] = {}
+
+    def watch(self, stack: ExitStack) -> None:
+        for module in self.replay.model.modules():
+            if module in self.moving:
+                handle = module.register_forward_pre_hook(self._move, prepend=True)
+                stack.callback(handle.remove)
+            elif module is not self.replay.model and _can_stand_in(module):
+                if outputs := self.kept.get(module):
+                    stack.enter_context(_forward(module, self._replayed(module, list(outputs))))
+                before = module.register_forward_pre_hook(self._before, with_kwargs=True)
+                after = module.register_forward_hook(self._after, with_kwargs=True)
+                stack.callback(before.remove)
+                stack.callback(after.remove)
+
+    def _move(self, module: nn.Module, args: Any) -> None:
+        self.moved = True
+
+    def _replayed(self, module: nn.Module, outputs: list[_Kept]) -> Callable[..., Any]:
+        own = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            call = self.calls[module]
+            return outputs[call].load() if call < len(outputs) else own(*args, **kwargs)
+
+        return forward
+
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        self.inputs.setdefault(module, []).append([(t, t._version) for t in tensors])
+
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        call, inputs = self.calls[module], self.inputs[module].pop()
+        self.calls[module] += 1
+        if self.moved or call != len(self.kept.get(module, ())):
+            return
+        if all(t._version == version for t, version in inputs) and _is_its_own(output, inputs):
+            self.replay.keep(self.kept, module, output)
+
+
+def _can_stand_in(module: nn.Module) -> bool:
+    plain = not isinstance(module, torch.jit.ScriptModule) and "forward" not in vars(module)
+    return plain and not module._forward_hooks and not module._forward_pre_hooks
+
+
+@contextmanager
+def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def _is_its_own(output: Any, inputs: list[tuple[Tensor, int]]) -> bool:
+    """Tensors, and plain values, in memory that no input has."""
+    leaves = pytree.tree_leaves(output)
+    taken = {t.untyped_storage().data_ptr() for t, _ in inputs}
+    return all(
+        leaf.untyped_storage().data_ptr() not in taken
+        if isinstance(leaf, Tensor)
+        else leaf is None or isinstance(leaf, (bool, int, float, str))
+        for leaf in leaves
+    ) and any(isinstance(leaf, Tensor) for leaf in leaves)
+
+
+def _bytes_of(value: Any) -> int:
+    tensors = (t for t in pytree.tree_leaves(value) if isinstance(t, Tensor))
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _copied(value: Any) -> Any:
+    return pytree.tree_map_only(Tensor, Tensor.clone, value)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    (mine, form), (theirs, other_form) = pytree.tree_flatten(one), pytree.tree_flatten(other)
+    return form == other_form and all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
+        for a, b in zip(mine, theirs, strict=True)
+    )
