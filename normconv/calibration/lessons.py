@@ -39,7 +39,7 @@ class Lesson:
     """
 
     steps: int = 400
-    lr: float = 1e-3
+    lr: float = 3e-4
     temperature: float = 2.0
     every: int = 50
     patience: int = 8

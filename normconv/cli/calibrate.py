@@ -222,7 +222,7 @@ def recover(
     data: Data,
     out: Out = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Batches to learn from.")] = 400,
-    lr: Annotated[float, typer.Option("--lr", help="The largest learning rate.")] = 1e-3,
+    lr: Annotated[float, typer.Option("--lr", help="The largest learning rate.")] = 3e-4,
     features: Annotated[
         float, typer.Option("--features", min=0, help="Weight of the outputs of converted norms.")
     ] = 0.0,
