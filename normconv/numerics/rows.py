@@ -61,19 +61,18 @@ class RowLayout:
         """Return the shape in which one number a row is stored beside the weight.
 
         (O, 1, …) for convolutions and Linear, (1, O, 1, …) for transposed ones as torch's own
-        weight norm has it, (groups, 1, O/groups, 1, …) for grouped transposed ones.
+        weight norm has it, (groups, O/groups, 1, …) for grouped transposed ones: always as many
+        dimensions as the weight, which memory formats are made for.
 
         >>> RowLayout().row_shape(torch.empty(8, 3, 3, 3))
         (8, 1, 1, 1)
         >>> RowLayout(transposed=True, groups=2).row_shape(torch.empty(4, 3, 5))
-        (2, 1, 3, 1)
+        (2, 3, 1)
         """
         kernel = (1,) * (weight.dim() - 2)
         if not self.transposed:
             return (weight.shape[0], *(1,) * (weight.dim() - 1))
-        if self.groups == 1:
-            return (1, weight.shape[1], *kernel)
-        return (self.groups, 1, weight.shape[1], *kernel)
+        return (self.groups, weight.shape[1], *kernel)
 
     def broadcast(self, row_values: Tensor, weight: Tensor) -> Tensor:
         """Shape (O,) or stored row values to multiply `split(weight)` or the weight itself."""

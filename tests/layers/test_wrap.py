@@ -365,3 +365,14 @@ def test_a_pickle_without_weights_is_refused() -> None:
     torch.save(nc.wrap(nn.LSTM(2, 2)), buffer)
     buffer.seek(0)
     assert isinstance(torch.load(buffer, weights_only=False), WeightNormed)
+
+
+@pytest.mark.parametrize("to", ["wn", "ws"])
+def test_grouped_transposed_layers_change_their_memory_format(to: str) -> None:
+    """A gain of more dimensions than the weight has no such format."""
+    layer, x = nn.ConvTranspose2d(4, 6, 3, groups=2), torch.randn(2, 4, 5, 5)
+    nc.wrap(layer, to=to)
+    before = layer(x)
+    layer.to(memory_format=torch.channels_last)
+    assert layer.weight.is_contiguous(memory_format=torch.channels_last)
+    assert relative_l2(layer(x), before) < 1e-5
