@@ -31,7 +31,7 @@ _PUBLIC = {
     "recover": "normconv.calibration",
     "save": "normconv.sources",
     "verify": "normconv.deploy",
-    "wrap": "normconv.layers",
+    "wrap": "normconv.api",
     "Check": "normconv.report",
     "Plan": "normconv.plan",
     "Recipe": "normconv.plan",
@@ -68,6 +68,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from normconv.api import convert as convert
     from normconv.api import convert_ as convert_
+    from normconv.api import wrap as wrap
     from normconv.auditing import audit as audit
     from normconv.calibration import calibrate as calibrate
     from normconv.calibration import initialise as initialise
@@ -85,7 +86,6 @@ if TYPE_CHECKING:
     from normconv.errors import Refused as Refused
     from normconv.errors import UsageError as UsageError
     from normconv.folding import fold as fold
-    from normconv.layers import wrap as wrap
     from normconv.plan import Plan as Plan
     from normconv.plan import Recipe as Recipe
     from normconv.plan import Rule as Rule

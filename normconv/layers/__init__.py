@@ -29,4 +29,4 @@ from normconv.layers.weight_standardization import (
 from normconv.layers.weight_standardization import weight_standardize_ as weight_standardize_
 from normconv.layers.wrapping import check_scale as check_scale
 from normconv.layers.wrapping import obstacle_to as obstacle_to
-from normconv.layers.wrapping import wrap as wrap
+from normconv.layers.wrapping import wrap_ as wrap_

@@ -19,12 +19,12 @@ from normconv.layers.weight_standardization import (
 )
 from normconv.numerics import DIALECTS, all_finite
 
-__all__ = ["check_scale", "obstacle_to", "wrap"]
+__all__ = ["check_scale", "obstacle_to", "wrap_"]
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
-def wrap(
+def wrap_(
     layer: Layer,
     to: Literal["wn", "ws"] = "wn",
     *,
@@ -32,38 +32,14 @@ def wrap(
     c: float = 1.0,
     dialect: str = "timm",
 ) -> Layer:
-    """Reparametrise one layer in place, all of its weights, and return it.
-
-    ``wn``: w = g · v / ‖v‖ row by row, v = w as it is and g = ‖w‖: the function stays. With
-    ``scale="exp"`` the gain is g = e^(c·s). ``ws``: w = gain · s · (v − mean(v)) / d(v): the function
-    changes by what the means of the rows were (`normconv.layers.mean_share`), and stays where they are 0.
-
-    The layer stays an instance of its class; `nc.fold` brings back plain weights. A weight that other
-    layers hold too is shared no longer: those go on with v. `nc.convert` keeps tied layers tied.
-
-    Args:
-        layer: Linear, Conv1d-3d, ConvTranspose1d-3d (rows: output channels), Embedding (one row a
-            token), RNN, LSTM, GRU or a cell of them (one row a unit of a gate), MultiheadAttention (its
-            projections, `out_proj` included), or a subclass.
-        to: ``wn`` or ``ws``.
-        scale: ``wn``: what the gain is a function of.
-        c: ``scale="exp"``: how fast the gain follows s.
-        dialect: ``ws``: see `normconv.numerics.DIALECTS`.
+    """Reparametrise one layer in place, all of its weights, and return it: `normconv.wrap` without init.
 
     Raises:
-        UsageError: a layer without such a weight, lazy, reparametrised already by normconv or torch, of
-            integer or quantized weights; no such option. The layer is as it was.
+        UsageError: as there; the layer is as it was.
 
-    Source: Salimans & Kingma 2016, equation 2 and section 2; Qiao et al. 2019, equation 6.
-
-    >>> import torch
-    >>> import normconv as nc
-    >>> lstm, x = nn.LSTM(3, 4), torch.randn(5, 1, 3)
-    >>> before = lstm(x)[0]
-    >>> nc.wrap(lstm) is lstm, isinstance(lstm, nn.LSTM), torch.allclose(lstm(x)[0], before)
-    (True, True, True)
-    >>> [name for name, _ in lstm.named_parameters()][:2]
-    ['weight_ih_l0_g', 'weight_ih_l0_v']
+    >>> layer = nn.Linear(3, 2)
+    >>> wrap_(layer) is layer, [name for name, _ in layer.named_parameters()]
+    (True, ['weight_g', 'weight_v', 'bias'])
     """
     problems = _option_problems(to, scale, c, dialect)
     if not problems:
@@ -128,7 +104,7 @@ def obstacle_to(kind: str, layer: nn.Module, *, scale: str = "linear") -> tuple[
     Args:
         kind: ``wn`` or ``ws``.
         layer: read only.
-        scale: as in `wrap`.
+        scale: as in `wrap_`.
 
     >>> obstacle_to("wn", nn.Linear(2, 2)) is None, obstacle_to("wn", nn.LazyLinear(2))[0]
     (True, 'LazyLinear is lazy and has no parameters yet')

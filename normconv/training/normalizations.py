@@ -13,7 +13,7 @@ from normconv.errors import Problem, UsageError
 from normconv.folding import fold
 from normconv.graph import norm_names
 from normconv.graph.rewrite import empty_slot_
-from normconv.layers import Reparametrised, kind_of, wrap
+from normconv.layers import Reparametrised, kind_of, wrap_
 from normconv.plan import Rule
 from normconv.surgery import apply_plan, make_plan
 
@@ -104,7 +104,7 @@ def weight_norm_all_(network: nn.Module) -> None:
     for layer in list(network.modules()):
         known = kind_of(layer) not in ("none", "embedding")
         if known and not isinstance(layer, Reparametrised):
-            wrap(layer)
+            wrap_(layer)
 
 
 def _converted(network: nn.Module, kind: str, samples: Tensor) -> nn.Module:

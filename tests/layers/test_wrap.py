@@ -376,3 +376,29 @@ def test_grouped_transposed_layers_change_their_memory_format(to: str) -> None:
     layer.to(memory_format=torch.channels_last)
     assert layer.weight.is_contiguous(memory_format=torch.channels_last)
     assert relative_l2(layer(x), before) < 1e-5
+
+
+def test_a_wrapped_layer_starts_standard_on_its_inputs() -> None:
+    x = torch.randn(40, 4, 7, 7, dtype=torch.float64) * 3 + 1
+    layer = nn.Conv2d(4, 6, 3, groups=2, dtype=torch.float64)
+    for init in (x, [x[:20], x[20:]]):
+        got = nc.wrap(copy.deepcopy(layer), init=init)(x)
+        assert got.mean((0, 2, 3)).abs().max() < 1e-10
+        assert (got.std((0, 2, 3), correction=0) - 1).abs().max() < 1e-10
+    exp = nc.wrap(copy.deepcopy(layer), scale="exp", init=x)(x)
+    assert (exp.std((0, 2, 3), correction=0) - 1).abs().max() < 1e-10
+
+
+def test_a_start_that_there_is_not_leaves_the_layer_alone() -> None:
+    cases = [
+        (nn.LSTM(3, 4), {"init": torch.randn(5, 2, 3)}),
+        (nn.Linear(3, 4), {"init": torch.randn(5, 2)}),
+        (nn.Linear(3, 4), {"init": iter([torch.randn(5, 3)])}),
+        (nn.Linear(3, 4), {"init": torch.randn(5, 3), "to": "ws"}),
+    ]
+    for layer, keywords in cases:
+        kind, before = type(layer), copy.deepcopy(layer.state_dict())
+        with pytest.raises(UsageError):
+            nc.wrap(layer, **keywords)
+        assert type(layer) is kind
+        assert all(torch.equal(layer.state_dict()[name], value) for name, value in before.items())

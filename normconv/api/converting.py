@@ -1,14 +1,13 @@
-"""`convert`: plan, apply and prove in one call, composed from the rooms."""
+"""`convert`: plan, apply and prove in one call, on a copy or in place."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
+from normconv.api.proving import META, is_meta, prove_conversion, proved, to_graph, unproved
 from normconv.calibration import (
     Lesson,
     Progress,
@@ -19,19 +18,13 @@ from normconv.calibration import (
 )
 from normconv.calibration.batches import DataUse, Source
 from normconv.calibration.replay import Cache
-from normconv.errors import CaptureError, CheckFailed, Problem, UsageError
-from normconv.graph import trace
-from normconv.graph.passes import FunctionalNormsToModules
-from normconv.numerics import evaluating, give_back_memory
+from normconv.errors import Problem, UsageError
+from normconv.numerics import give_back_memory
 from normconv.plan import Plan, Recipe, Rule
 from normconv.proof import (
-    Proof,
     prove_converted,
     record_original_within,
-    with_trained_statistics,
 )
-from normconv.proof import prove as prove_models
-from normconv.report import Report
 from normconv.sources import example_inputs as inputs_for
 from normconv.surgery import (
     Layers,
@@ -47,7 +40,7 @@ from normconv.surgery import (
     materialised,
 )
 
-__all__ = ["convert", "convert_", "prove_conversion", "to_graph"]
+__all__ = ["convert", "convert_"]
 
 
 def convert(
@@ -116,7 +109,7 @@ def convert(
             model.
         UsageError: unknown target or option, a rule that matches nothing.
 
-    >>> import normconv as nc
+    >>> import torch, normconv as nc
     >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
     >>> model, report = nc.convert(net, to="wn", example_inputs=(torch.randn(2, 3, 8, 8),))
     >>> report.passed, type(model[0]).__name__, type(model[1]).__name__
@@ -180,35 +173,6 @@ def convert(
     )
 
 
-def prove_conversion(
-    original: nn.Module,
-    result: Result,
-    plan: Plan,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    *,
-    origin: str = "given",
-    traced: nn.Module | None = None,
-) -> Result:
-    """Prove a result of `apply_plan` against its original and put the proof into its report.
-
-    Raises:
-        CheckFailed: some check failed.
-    """
-    facts = {"example inputs": origin, "result class": type(result.model).__name__}
-    if _is_meta(original):
-        return _unproved(result, facts, _META)
-    recording = record_original_within(traced or original, plan.at, plan.steps, args, kwargs)
-    proof = prove_converted(recording, result.model)
-    checks = proof.checks
-    if traced is not None:  # and the whole against the model itself, not only against its trace
-        sampled = any(step.fidelity != "exact" for step in plan.converted)
-        whole = with_trained_statistics(result.model, plan.steps) if sampled else result.model
-        if not any(step.action in ("fresh", "insert") for step in plan.steps):
-            checks += prove_models(original, whole, (), args, kwargs).checks
-    return _proved(result, replace(proof, checks=checks), facts)
-
-
 def convert_(
     model: nn.Module,
     to: str | Rule | Recipe | Sequence[Rule] | Plan = "wn",
@@ -255,7 +219,7 @@ def convert_(
             where that would be a loss keep a checkpoint, or use `convert`.
         UsageError: unknown target or option, a rule that matches nothing; the model is as it was.
 
-    >>> import normconv as nc
+    >>> import torch, normconv as nc
     >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
     >>> weight = net[0].weight
     >>> model, report = nc.convert_(net, to="plain", example_inputs=(torch.randn(2, 3, 8, 8),))
@@ -288,7 +252,7 @@ def convert_(
         del shaped
         materialise_(model, args, kwargs)
     give_back_memory(cycles=True)  # traces, which hold the weights
-    proving = prove and not _is_meta(model)
+    proving = prove and not is_meta(model)
     recording = None
     if proving:
         recording = record_original_within(model, plan.at, plan.steps, args, kwargs, for_good=True)
@@ -296,17 +260,14 @@ def convert_(
     result = result._replace(report=result.report.extended(notes=notes))
     facts = {"example inputs": origin, "result class": type(model).__name__}
     if recording is None:
-        return _unproved(result, facts, _META if prove else "nothing was proved: prove=False")
-    return _proved(result, prove_converted(recording, model), facts)
+        return unproved(result, facts, META if prove else "nothing was proved: prove=False")
+    return proved(result, prove_converted(recording, model), facts)
 
 
 def _check_at(to: object, at: str) -> None:
     if isinstance(to, Plan) and at not in ("", to.at):
         what = f"the plan is for {to.at!r}" if to.at else "the plan is for the whole model"
         raise UsageError(Problem(f"at={at!r}", what, "leave at= out"))
-
-
-_META = "nothing was proved: a model on the meta device has no values"
 
 
 def _inputs_of(
@@ -323,53 +284,3 @@ def _inputs_of(
 def _lazy_notes(model: nn.Module) -> tuple[str, ...]:
     lazy = len(lazy_modules(model))
     return (lazy_note(lazy),) if lazy else ()
-
-
-def _is_meta(model: nn.Module) -> bool:
-    return any(parameter.is_meta for parameter in model.parameters())
-
-
-def _unproved(result: Result, facts: Mapping[str, Any], note: str) -> Result:
-    report = _as_convert(result.report.extended(facts=facts, notes=(note,)))
-    return Result(result.model, report)
-
-
-def _proved(result: Result, proof: Proof, facts: Mapping[str, Any]) -> Result:
-    report = _as_convert(
-        result.report.extended(
-            sites=proof.rows, checks=proof.checks, facts={**facts, **proof.facts}, notes=proof.notes
-        )
-    )
-    if not report.passed:
-        raise CheckFailed(report, result.model)
-    return Result(result.model, report)
-
-
-def _as_convert(report: Report) -> Report:
-    return replace(report, verb="convert")
-
-
-def to_graph(
-    model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-) -> torch.fx.GraphModule:
-    """Trace a model in eval mode into a GraphModule in which every norm is a module.
-
-    Raises:
-        CaptureError: symbolic tracing failed.
-    """
-    try:
-        with evaluating(model):
-            traced = trace(model, args, kwargs)
-    except Exception as reason:  # whatever the user's forward raises under a proxy
-        raise CaptureError(
-            Problem(
-                type(model).__name__,
-                f"torch.fx cannot trace it ({type(reason).__name__}: {reason})",
-                'use output="module", which also takes models with control flow',
-            )
-        ) from reason
-    sources = dict(model.named_modules())
-    for name, module in traced.named_modules():
-        module.training = sources.get(name, model).training
-    FunctionalNormsToModules()(traced)
-    return traced

@@ -1,0 +1,7 @@
+"""The public verbs that are composed from several rooms."""
+
+from normconv.api.converting import convert as convert
+from normconv.api.converting import convert_ as convert_
+from normconv.api.layer import wrap as wrap
+from normconv.api.proving import prove_conversion as prove_conversion
+from normconv.api.proving import to_graph as to_graph
