@@ -86,7 +86,16 @@ def test_recover_writes_what_it_taught(files: Path) -> None:
     assert run("convert", "net.pt", "--to", "gn", "--input", "2x3x8x8").exit_code == 0
     words = ["recover", "net.gn.pt", "--reference", "net.pt", "--data", "images.pt"]
     result = run(
-        *words, "--steps", "20", "--checkpoint", "lesson.pt", "--input", "2x3x8x8", "--json"
+        *words,
+        "--lr",
+        "1e-3",
+        "--steps",
+        "20",
+        "--checkpoint",
+        "lesson.pt",
+        "--input",
+        "2x3x8x8",
+        "--json",
     )
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)["facts"]
