@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -23,6 +22,7 @@ _Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 DataUse = Literal["public", "private", "none"]
 
+_NO_MORE = object()
 _ONE_SHOT = "give a DataLoader, a list of batches, or a function that makes a new iterator"
 
 
@@ -73,14 +73,26 @@ class Batches:
         return cls(source, *_inputs_of(model), like, dtypes)
 
     def __iter__(self) -> Iterator[_Inputs]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            rest = iter(self.source() if callable(self.source) else self.source)
-            first = list(itertools.islice(rest, 1))  # the order is drawn here
-        for batch in itertools.chain(first, rest):
+        for batch in self.items():
             args, kwargs = self._inputs(batch)
             if not any(_is_empty(tensor) for _, tensor in tensors_in((args, kwargs))):
                 yield args, kwargs
+
+    def items(self) -> Iterator[Any]:
+        """Go through the batches as the source gives them, in the order of the seed."""
+        state = torch.Generator().manual_seed(self.seed).get_state()
+        rest: Iterator[Any] | None = None
+        while True:
+            # Order and augmentation are drawn from a generator of this pass, and of no one else.
+            with torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(state)
+                if rest is None:
+                    rest = iter(self.source() if callable(self.source) else self.source)
+                batch = next(rest, _NO_MORE)
+                state = torch.get_rng_state()
+            if batch is _NO_MORE:
+                return
+            yield batch
 
     def _inputs(self, batch: Any) -> _Inputs:
         if isinstance(batch, Mapping):
@@ -137,6 +149,9 @@ class Batches:
         if lowest == highest:
             what = f"every number in it is {lowest:g}"
             raise UsageError(Problem("data", what, "give real inputs: a constant tells nothing"))
+        if next(iter(self), None) is None:
+            what = "its second pass is empty: it can be gone through only once"
+            raise UsageError(Problem("data", what, _ONE_SHOT))
         return {"batches": batches, "samples": samples, "sha256": digest.hexdigest()}
 
 

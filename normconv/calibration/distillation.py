@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from normconv.calibration.batches import Batches, DataUse, Source, check_use, notes_of
 from normconv.calibration.drift import Drift, Progress, measure_drift, summary
 from normconv.calibration.lessons import Lesson, State, digest_of, is_there, resume_, write_state
+from normconv.calibration.ranks import of_all_ranks
 from normconv.calibration.teaching import floats_of, teach_
 from normconv.errors import CheckFailed, Problem, UsageError
 from normconv.layers import copy_model
@@ -87,12 +89,12 @@ def recover(
         data, held_out, measured_on = _parted(data, used["batches"])
         batches = Batches.of(data, teacher)
     judged = Batches.of(held_out, teacher)
-    judged.checked()
+    both = used["sha256"] + judged.checked()["sha256"]
     _check_outputs(teacher, twin, batches)
     steps_of = _converted(student, teacher)
     before = measure_drift(teacher, student, steps_of, judged, scores=lesson.scores)
     start = State(best=_score(before), seen=[(0, _share(before))], told=_told(before))
-    start.subject = digest_of(student, teacher) + used["sha256"]
+    start.subject = digest_of(student, teacher) + "".join(of_all_ranks(both))
     sites = [step.site for step in steps_of]
     state = _Taught(twin, teacher, batches, judged, lesson).taught_(
         start, sites, checkpoint, progress
@@ -122,7 +124,9 @@ def _parted(data: Source, batches: int) -> tuple[Source, Source, str]:
 
 
 def _some_of(data: Source, start: int, end: int) -> Callable[[], Iterator[Any]]:
-    return lambda: itertools.islice(data() if callable(data) else data, start, end)
+    # One order for each pass, whatever its seed: what is held out stays so.
+    every = Batches(data)
+    return lambda: itertools.islice(every.items(), start, end)
 
 
 def _check_outputs(teacher: nn.Module, student: nn.Module, batches: Batches) -> None:
@@ -175,7 +179,7 @@ class _Taught:
             what = "no parameter of it is trained"
             raise UsageError(Problem("student", what, "set requires_grad"))
         optimizer = torch.optim.Adam(parameters, lr=lesson.lr)
-        best = {name: t.clone() for name, t in student.state_dict().items()}
+        best = copy.deepcopy(student.state_dict())
         if checkpoint is not None and is_there(checkpoint):
             state, best = resume_(Path(checkpoint), student, optimizer, lesson, state.subject)
         flags = {name: module.training for name, module in student.named_modules()}
@@ -205,7 +209,7 @@ class _Taught:
         state.told = _told(drift)
         if score > state.best:
             state.best, state.best_step, state.waited = score, state.step, 0
-            return {name: t.detach().clone() for name, t in self.student.state_dict().items()}
+            return copy.deepcopy(self.student.state_dict())
         state.waited += 1
         return best
 

@@ -48,6 +48,17 @@ class Lesson:
     amp: bool = False
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        least = {"steps": 0, "every": 1, "patience": 1, "features": 0.0}
+        wrong = [
+            f"{n}={getattr(self, n)!r}" for n, low in least.items() if not getattr(self, n) >= low
+        ]
+        positive = (n for n in ("lr", "temperature") if not 0 < getattr(self, n) < math.inf)
+        wrong += [f"{n}={getattr(self, n)!r}" for n in positive]
+        if wrong:
+            way_out = "steps ≥ 0, every and patience ≥ 1, lr and temperature > 0, features ≥ 0"
+            raise UsageError(Problem("lesson", ", ".join(wrong), way_out))
+
     def rate(self, step: int) -> float:
         """Return the learning rate of a step as a share of the largest."""
         warm = max(1, self.steps // 10)
@@ -75,6 +86,8 @@ def digest_of(*models: nn.Module) -> str:
     for model in models:
         for name, tensor in model.state_dict().items():
             digest.update(name.encode())
+            if not isinstance(tensor, Tensor):  # extra state
+                continue
             digest.update(tensor.detach().cpu().double().contiguous().numpy().tobytes())
     return digest.hexdigest()
 

@@ -64,6 +64,8 @@ def _device(name: str) -> torch.device:
     except Exception as reason:  # torch raises every kind
         what = str(reason).splitlines()[0]
         raise UsageError(Problem("device", what, "take auto or cpu")) from None
+    if torch.device(name).type == "meta":
+        raise UsageError(Problem("device", "meta has no values", "take auto or cpu"))
     return torch.device(name)
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -41,22 +41,33 @@ class Shelf:
         self.folder, self.room = folder, room
         self._files = 0
 
-    def put(self, value: Any) -> Callable[[], Any] | None:
-        """Keep a copy and return what gives one back; None where there is no room."""
+    def put(self, value: Any) -> _Kept | None:
+        """Keep a copy of a value; None where there is no room."""
         size = _bytes_of(value)
         if size > self.room:
             return None
         self.room -= size
         if self.folder is None:
             kept = _copied(value)
-            return lambda: _copied(kept)
+            return _Kept(lambda: _copied(kept), size)
         path, self._files = self.folder / f"{self._files}.pt", self._files + 1
-        torch.save(value, path)
-        return lambda: torch.load(path)
+        # Only tensors are written: what holds them is the user's class, which no safe load knows.
+        leaves, form = pytree.tree_flatten(value)
+        torch.save([leaf.clone() for leaf in leaves if isinstance(leaf, Tensor)], path)
+        others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
-    def give_back(self, size: int) -> None:
-        """Say that so many bytes are free again."""
-        self.room += size
+        def load() -> Any:
+            back = dict(zip(places, torch.load(path), strict=True))
+            return pytree.tree_unflatten([back.get(i, o) for i, o in enumerate(others)], form)
+
+        return _Kept(load, size, path)
+
+    def drop(self, kept: _Kept) -> None:
+        """Make room again."""
+        self.room += kept.size
+        if kept.path is not None:
+            kept.path.unlink()
 
 
 @contextmanager
@@ -76,11 +87,12 @@ def shelf_of(cache: Cache) -> Iterator[Shelf]:
         yield Shelf(None, _ROOM if cache == "memory" else 0)
 
 
-class _Kept:
-    """An output: what gives it back, and how large it is."""
+class _Kept(NamedTuple):
+    """A value on a shelf: what gives a copy of it, how large it is, and the file that it is in."""
 
-    def __init__(self, load: Callable[[], Any], size: int) -> None:
-        self.load, self.size = load, size
+    load: Callable[[], Any]
+    size: int
+    path: Path | None = None
 
 
 class Replay:
@@ -98,7 +110,7 @@ class Replay:
     def __init__(self, model: nn.Module, shelf: Shelf) -> None:
         self.model, self.shelf = model, shelf
         self._calls: Counter[nn.Module] | None = None
-        self._inputs: dict[int, Any] = {}
+        self._inputs: dict[int, _Kept] = {}
         self._outputs: dict[int, dict[nn.Module, list[_Kept]]] = {}
 
     def calls(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Counter[nn.Module]:
@@ -127,29 +139,42 @@ class Replay:
         if not self.shelf.room and not self._outputs:
             yield
             return
-        if batch in self._inputs and not _equal(self._inputs[batch], inputs):
+        if batch in self._inputs and not _equal(self._inputs[batch].load(), inputs):
             self._forget(batch)
-        self._inputs.setdefault(batch, _copied(inputs))
+        if batch not in self._inputs:
+            if (mine := self.shelf.put(inputs)) is None:
+                yield
+                return
+            self._inputs[batch] = mine
         kept = self._outputs.setdefault(batch, {})
         with ExitStack() as stack:
             _Pass(self, kept, moving).watch(stack)
             yield
 
-    def repeats_itself(self, batch: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """Say whether the model puts out the same with what is kept and without."""
+    def repeats_itself(self, batches: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]]) -> bool:
+        """Say whether the model puts out the same with what is kept and without.
+
+        Args:
+            batches: the first ones. All are run without what is kept before any is run with it: what a
+                module leaves behind for another one is then that of another batch.
+        """
         if not any(self._outputs.values()):
             return True
         with torch.no_grad(), evaluating(self.model):
-            plain = flat_outputs(self.model(*args, **kwargs))
-            with self.passing(batch, (args, kwargs), set()):
-                replayed = flat_outputs(self.model(*args, **kwargs))
-        return all(relative_l2(replayed[name], value) <= _SAME for name, value in plain.items())
+            plain = [_copied(flat_outputs(self.model(*a, **k))) for a, k in batches]
+            for batch, (args, kwargs) in enumerate(batches):
+                with self.passing(batch, (args, kwargs), set()):
+                    replayed = flat_outputs(self.model(*args, **kwargs))
+                for name, value in plain[batch].items():
+                    if not relative_l2(replayed[name], value) <= _SAME:
+                        return False
+        return True
 
     def keep(self, kept: dict[nn.Module, list[_Kept]], module: nn.Module, output: Any) -> None:
         """Keep an output; what was kept of the modules inside is not needed any more."""
-        if (load := self.shelf.put(output)) is None:
+        if (mine := self.shelf.put(output)) is None:
             return
-        kept.setdefault(module, []).append(_Kept(load, _bytes_of(output)))
+        kept.setdefault(module, []).append(mine)
         for inside in module.modules():
             if inside is not module:
                 self._drop(kept.pop(inside, []))
@@ -157,11 +182,11 @@ class Replay:
     def _forget(self, batch: int) -> None:
         for outputs in self._outputs.pop(batch).values():
             self._drop(outputs)
-        del self._inputs[batch]
+        self.shelf.drop(self._inputs.pop(batch))
 
     def _drop(self, outputs: list[_Kept]) -> None:
         for each in outputs:
-            self.shelf.give_back(each.size)
+            self.shelf.drop(each)
 
 
 class _Pass:
@@ -176,13 +201,14 @@ class _Pass:
         self.inputs: dict[nn.Module, list[list[tuple[Tensor, int]]]] = {}
 
     def watch(self, stack: ExitStack) -> None:
+        able = {m for m in self.replay.model.modules() if _can_stand_in(m)}
         for module in self.replay.model.modules():
             if module in self.moving:
                 handle = module.register_forward_pre_hook(self._move, prepend=True)
                 stack.callback(handle.remove)
-            elif module is not self.replay.model and _can_stand_in(module):
-                if outputs := self.kept.get(module):
-                    stack.enter_context(_forward(module, self._replayed(module, list(outputs))))
+            elif module is not self.replay.model and module in able:
+                if self.kept.get(module):
+                    stack.enter_context(_forward(module, self._replayed(module)))
                 before = module.register_forward_pre_hook(self._before, with_kwargs=True)
                 after = module.register_forward_hook(self._after, with_kwargs=True)
                 stack.callback(before.remove)
@@ -191,31 +217,35 @@ class _Pass:
     def _move(self, module: nn.Module, args: Any) -> None:
         self.moved = True
 
-    def _replayed(self, module: nn.Module, outputs: list[_Kept]) -> Callable[..., Any]:
+    def _replayed(self, module: nn.Module) -> Callable[..., Any]:
         own = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            call = self.calls[module]
+            call, outputs = self.calls[module], self.kept.get(module, ())
             return outputs[call].load() if call < len(outputs) else own(*args, **kwargs)
 
         return forward
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        self.inputs.setdefault(module, []).append([(t, t._version) for t in tensors])
+        versions = [(t, -1 if t.is_inference() else t._version) for t in tensors]
+        self.inputs.setdefault(module, []).append(versions)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         call, inputs = self.calls[module], self.inputs[module].pop()
         self.calls[module] += 1
         if self.moved or call != len(self.kept.get(module, ())):
             return
-        if all(t._version == version for t, version in inputs) and _is_its_own(output, inputs):
+        # Inference tensors do not count what is written into them.
+        untouched = all(not t.is_inference() and t._version == version for t, version in inputs)
+        if untouched and _is_its_own(output, inputs):
             self.replay.keep(self.kept, module, output)
 
 
 def _can_stand_in(module: nn.Module) -> bool:
+    """Whether nothing but its output would be missed: no hook of its own or of a module inside."""
     plain = not isinstance(module, torch.jit.ScriptModule) and "forward" not in vars(module)
-    return plain and not module._forward_hooks and not module._forward_pre_hooks
+    return plain and not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
 
 
 @contextmanager

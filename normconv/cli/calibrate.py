@@ -237,7 +237,8 @@ def recover(
 
     Writes MODEL.recovered.pt and .json, or what -o says. Give it thousands of images: --limit 20000.
     """
-    with _pair(source, data_options, reference, data, ".recovered.pt", out) as pair:
+    suffix = ".recovered.pt"
+    with _pair(source, data_options, reference, data, suffix, out, checkpoint) as pair:
         from normconv.calibration import Lesson
         from normconv.calibration import recover as recover_model
 
@@ -265,13 +266,15 @@ def _pair(
     data: str,
     suffix: str,
     out: Path | None,
+    checkpoint: Path | None = None,
 ) -> Iterator[_Pair]:
     """Open both models and the data, show a bar, and write what the block made."""
     path = out_path(source.source, suffix, out)
     check_outputs(
-        source.source,
+        (source.source, reference, data, options.held_out),
         ("--out", path, MODEL),
         ("the report", report_path(path), (".json",)),
+        ("--checkpoint", checkpoint, (checkpoint.suffix.lower(),) if checkpoint else ()),
     )
     share = options.join()
     opened = source.open()

@@ -6,7 +6,7 @@ import functools
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -285,18 +285,23 @@ def save_or_reject(model: nn.Module, report: Report, path: Path) -> None:
     write_json(rejected_path(document), report.to_dict())
 
 
-def check_outputs(source: str, *outputs: tuple[str, Path | None, tuple[str, ...]]) -> None:
+def check_outputs(
+    source: str | Sequence[str | None], *outputs: tuple[str, Path | None, tuple[str, ...]]
+) -> None:
     """Refuse, before any work, outputs that would destroy an input or each other.
 
     Args:
-        source: what is read.
+        source: what is read: the model, then whatever else.
         outputs: for each the option it comes from, the path, and the endings it may have.
 
     Raises:
         UsageError: lists every such path.
     """
     problems = []
-    taken = {Path(source).resolve(): "the source"} if Path(source).exists() else {}
+    read = [source] if isinstance(source, str) else [each for each in source if each is not None]
+    taken = {Path(each).resolve(): "read" for each in read[1:] if Path(each).exists()}
+    if Path(read[0]).exists():
+        taken[Path(read[0]).resolve()] = "the source"
     for option, path, endings in outputs:
         if path is None:
             continue

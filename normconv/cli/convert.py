@@ -174,7 +174,7 @@ def convert(
     name = wanted if isinstance(wanted, str) else "-".join(wanted.targets) or "kept"
     path = out_path(source.source, f".{name}.pt", out)
     check_outputs(
-        source.source,
+        (source.source, calib, data_options.held_out),
         ("--out", path, MODEL),
         ("the report", report_path(path), (".json",)),
         ("--onnx", onnx, (".onnx",)),
@@ -188,15 +188,15 @@ def convert(
     with (
         reporting(path, opened.describe),
         stage("convert and prove", as_json=source.as_json or calib is not None),
-        _on_data(data_options, calib, recover, opened, source.as_json) as (opened, data),
+        _on_data(data_options, calib, recover, opened, source.as_json) as (placed, data),
     ):
         from normconv.api import convert as convert_model
 
         model, report = convert_model(
-            opened.model,
+            placed.model,
             wanted,
-            example_inputs=opened.inputs.args,
-            example_kwargs=opened.inputs.kwargs,
+            example_inputs=placed.inputs.args,
+            example_kwargs=placed.inputs.kwargs,
             output="graph" if output == "graph" else "module",
             **data,
             **recipe.keywords,
@@ -230,7 +230,9 @@ def _on_data(
             bars.close()  # one bar after the other
             return bars.enter_context(progress_of(text, as_json=as_json))
 
-        lesson = options.open(calib, opened.model, share, at_least=steps * options.batch)
+        lesson = None
+        if steps:
+            lesson = options.open(calib, opened.model, share, at_least=steps * options.batch)
         yield (
             opened,
             {
@@ -238,7 +240,7 @@ def _on_data(
                 "held_out": options.open(options.held_out, opened.model, share),
                 "min_agreement": options.min_agreement,
                 "recover": steps,
-                "recover_data": lesson if steps else None,
+                "recover_data": lesson,
                 "data_use": options.data_use,
                 "cache": options.cache,
                 "progress": progress,

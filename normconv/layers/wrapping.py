@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
@@ -17,7 +18,7 @@ from normconv.layers.weight_standardization import (
     unfit_for_weight_standardization,
     weight_standardize_,
 )
-from normconv.numerics import DIALECTS, all_finite
+from normconv.numerics import DIALECTS, all_finite, wide_row_norms
 
 __all__ = ["check_scale", "obstacle_to", "wrap_"]
 
@@ -125,6 +126,12 @@ def obstacle_to(kind: str, layer: nn.Module, *, scale: str = "linear") -> tuple[
             return f"{name} is lazy and has no parameters yet", "call it once first"
         if found := _unfit_weight(weight_name, weight):
             return found
+        most = torch.finfo(weight.dtype).max
+        if not weight.is_meta and bool((wide_row_norms(weight, layouts[weight_name]) > most).any()):
+            return (
+                f"a row of its {weight_name} is longer than its dtype can say",
+                "take .float() of it",
+            )
         if scale == "exp" and not weight.is_meta and not bool(weight.any()):
             what = f"its {weight_name} is 0, and no gain of 0 is e^(c·s)"
             return what, "use scale='linear' there"

@@ -304,6 +304,40 @@ def test_whose_data_it_was_is_told(net: nn.Module) -> None:
             nc.calibrate(model, plan, DATA, reference=net, data_use=use)  # type: ignore[arg-type]
 
 
+class Noisy(torch.utils.data.Dataset[Tensor]):
+    """Augments what it gives, by torch's own generator."""
+
+    def __len__(self) -> int:
+        return len(DATA[0])
+
+    def __getitem__(self, index: int) -> Tensor:
+        return DATA[0][index] + torch.randn(3, 1, 1) * 0.1
+
+
+def test_augmented_data_is_the_same_in_each_pass(net: nn.Module) -> None:
+    plan, model = converted(net, groups=4)
+    before = torch.get_rng_state()
+    made = [
+        nc.calibrate(model, plan, DataLoader(Noisy(), batch_size=16), reference=net, cache=cache)
+        for cache in ("memory", "none")
+    ]
+    assert torch.equal(before, torch.get_rng_state())
+    assert_same_state(made[0].model, made[1].model)
+
+
+def test_an_iterable_that_gives_itself_only_once_is_told(net: nn.Module) -> None:
+    class Once:
+        def __init__(self) -> None:
+            self.batches = iter(DATA)
+
+        def __iter__(self) -> Any:
+            return self.batches
+
+    plan, model = converted(net, groups=4)
+    with pytest.raises(UsageError, match="second pass is empty"):
+        nc.calibrate(model, plan, Once(), reference=net)
+
+
 def test_a_loader_that_shuffles_gives_the_same_and_leaves_the_generator(net: nn.Module) -> None:
     plan, model = converted(net, groups=4)
     loader = DataLoader(TensorDataset(torch.cat(DATA)), batch_size=16, shuffle=True)

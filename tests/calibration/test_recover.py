@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import normconv as nc
-from normconv.calibration import Lesson
+from normconv.calibration import Batches, Lesson
+from normconv.calibration.distillation import _parted
 from normconv.errors import CheckFailed, UsageError
 from normconv.plan import history_of
 from tests.calibration.test_calibrate import DATA, HELD_OUT, Net, net
@@ -227,6 +229,57 @@ def test_what_judges_is_held_out(net: nn.Module, student: nn.Module) -> None:
     assert_same_state(factory.model, listed.model)
     few = nc.recover(student, net, parts[:9], lesson=lesson).report.facts
     assert few["measured on"] == "the first batches of the data itself"
+
+
+def test_what_judges_is_held_out_of_a_loader_that_shuffles() -> None:
+    numbers = torch.arange(1.0, 81).view(80, 1)
+    loader = DataLoader(TensorDataset(numbers), batch_size=4, shuffle=True)
+    learn, judge, _ = _parted(loader, 20)
+    judges = {x.item() for (batch,) in judge() for x in batch}  # type: ignore[operator]
+    assert len(judges) == 8
+    for seed in range(3):
+        learned = {x.item() for args, _ in Batches(learn, seed=seed) for x in args[0]}
+        assert len(learned) == 72
+        assert not learned & judges
+
+
+def test_a_lesson_that_is_none_is_told() -> None:
+    for keywords in (
+        {"lr": -1.0},
+        {"lr": float("nan")},
+        {"every": 0},
+        {"patience": 0},
+        {"steps": -3},
+    ):
+        with pytest.raises(UsageError, match="lesson: " + next(iter(keywords))):
+            Lesson(**keywords)  # type: ignore[arg-type]
+
+
+class Extra(nn.Module):
+    """Keeps more than tensors in its state."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 1}
+
+    def set_extra_state(self, state: object) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_extra_state_goes_along(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Extra())
+    net(DATA[0])
+    student = nc.convert(net.eval(), "gn", example_inputs=(DATA[0],)).model
+    lesson = Lesson(steps=2, scores=False)
+    file = tmp_path / "lesson.pt"
+    taught = nc.recover(student, net, DATA, lesson=lesson, checkpoint=file)
+    again = nc.recover(student, net, DATA, lesson=lesson, checkpoint=file)
+    assert torch.equal(taught.model[0].weight, again.model[0].weight)
+    with pytest.raises(UsageError, match="another student, teacher or data"):
+        nc.recover(student, net, DATA, lesson=lesson, checkpoint=file, held_out=DATA[:1])
 
 
 def test_numbers_that_are_no_scores_are_judged_by_their_distance(net: nn.Module) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -100,48 +100,108 @@ def test_other_inputs_are_not_answered_with_what_was_kept() -> None:
         assert torch.equal(seen, plain)
 
 
-class Aside(nn.Module):
-    """A block that also leaves something behind, which is read later."""
-
-    def __init__(self, around: Any) -> None:
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.around = around
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn(self.conv(x))
-        self.around.append(y.mean((2, 3), keepdim=True))
-        return y
-
-
-class Reads(nn.Module):
-    """What a block left behind scales what comes after it."""
+class Stem(nn.Module):
+    """Puts out one thing and leaves another behind."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.left: list[Tensor] = []
-        self.first = Aside(self.left)
-        self.conv, self.bn = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.more, self.bn2 = nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4)
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.skip: Any = None
 
     def forward(self, x: Tensor) -> Tensor:
-        self.left.clear()
-        y = self.first(x).relu()
-        scale = self.left[-1] if self.left else torch.zeros(())
-        return self.bn2(self.more((self.bn(self.conv(y)) * (1 + scale)).relu()))
+        y = self.conv(x)
+        self.skip = y * 3
+        return y.relu()
 
 
-def test_a_model_that_leaves_things_behind_is_calibrated_without() -> None:
+class Skips(nn.Module):
+    """What the stem left behind is added later: by an attribute, or by a hook on a module inside."""
+
+    def __init__(self, by_hook: bool) -> None:
+        super().__init__()
+        self.by_hook = by_hook
+        self.stem = nn.Sequential(Stem(), nn.Conv2d(8, 8, 1))
+        self.kept: dict[str, Tensor] = {}
+        if by_hook:
+            self.stem[0].conv.register_forward_hook(self.look)
+        self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 5)
+
+    def look(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.kept["x"] = output * 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn1(self.conv1(self.stem(x))).relu()
+        skip = self.kept["x"] if self.by_hook else self.stem[0].skip
+        y = self.bn2(self.conv2(y) + skip).relu()
+        return self.head(y.mean((2, 3)))
+
+
+@pytest.mark.parametrize("by_hook", [False, True])
+def test_a_model_that_leaves_things_behind_is_calibrated_without(by_hook: bool) -> None:
     torch.manual_seed(0)
-    model = Reads()
-    for batch in DATA:
+    model, data = Skips(by_hook), [torch.randn(16, 3, 8, 8) * (1 + i) + i for i in range(3)]
+    for batch in data:
         model(batch)
+    model.eval()
+    plan = nc.make_plan(model, "gn", example_inputs=(data[0],), options={"groups": 2})
+    converted = nc.apply_plan(model, plan).model
+    wanted = nc.calibrate(converted, plan, data, reference=model, cache="none")
+    got = nc.calibrate(converted, plan, data, reference=model)
+    assert_same_state(got.model, wanted.model)
+
+
+class Pair(NamedTuple):
+    one: Tensor
+    other: Tensor
+
+
+class TwoOut(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Pair:
+        return Pair(self.conv(x), self.conv(x + 1))
+
+
+class TakesTwo(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.two, self.conv, self.bn = TwoOut(), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        self.last, self.bn2 = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pair = self.two(x)
+        return self.bn2(self.last(self.bn(self.conv(pair.one * pair.other)).relu()))
+
+
+def test_outputs_of_any_class_are_kept_on_disk_and_dropped() -> None:
+    torch.manual_seed(0)
+    model = TakesTwo()
+    model(DATA[0])
     model.eval()
     plan = nc.make_plan(model, "gn", example_inputs=(DATA[0][:2],), options={"groups": 2})
     converted = nc.apply_plan(model, plan).model
-    wanted = nc.calibrate(converted, plan, DATA, reference=model, cache="none")
-    got = nc.calibrate(converted, plan, DATA, reference=model, cache="memory")
-    assert_same_state(got.model, wanted.model)
+    with torch.inference_mode():
+        data = [batch + 0 for batch in DATA]  # of which nothing can be kept
+    made = [
+        nc.calibrate(converted, plan, given, reference=model, cache=cache).model
+        for given, cache in ((DATA, "disk"), (DATA, "none"), (data, "memory"))
+    ]
+    assert_same_state(made[0], made[1])
+    assert_same_state(made[2], made[1])
+
+
+def test_files_go_with_what_they_hold(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, 1e9)
+    kept = shelf.put([torch.ones(3), "x", None])
+    assert kept is not None
+    assert [str(item) for item in kept.load()] == ["tensor([1., 1., 1.])", "x", "None"]
+    shelf.drop(kept)
+    assert shelf.room == 1e9
+    assert not list(tmp_path.iterdir())
 
 
 def test_most_of_a_deep_model_is_run_once(net: nn.Module) -> None:

@@ -124,3 +124,18 @@ def test_recover_on_convert_and_the_drift_as_a_picture(files: Path) -> None:
         refused = run(*words, "--calib", "images.pt", "-o", "other.pt", *more)
         assert refused.exit_code == 2, refused.output
     assert not list(files.glob("other*"))
+
+
+def test_no_input_is_written_over(files: Path) -> None:
+    assert run("convert", "net.pt", "--to", "gn", "--input", "2x3x8x8").exit_code == 0
+    before = {path.name: path.read_bytes() for path in files.iterdir()}
+    convert = ["convert", "net.pt", "--to", "gn", "--input", "2x3x8x8", "--calib", "images.pt"]
+    taught = ["recover", "net.gn.pt", "--reference", "net.pt", "--data", "images.pt"]
+    for words in (
+        [*convert, "-o", "images.pt"],
+        [*taught, "-o", "net.pt"],
+        [*taught, "--checkpoint", "net.pt"],
+        [*taught, "--lr", "-1"],
+    ):
+        assert run(*words).exit_code == 2, words
+    assert {path.name: path.read_bytes() for path in files.iterdir()} == before
