@@ -48,7 +48,8 @@ def recover(
     Label-free distillation: KL(teacher ‖ student) of the softened class scores times T², the mean
     squared difference relative to the teacher's variance for any other output. The student runs in eval
     mode with gradients: nothing random, and no statistics of a batch. What is returned is the best by
-    agreement with the teacher.
+    divergence from the teacher's scores on batches that it does not learn from (by distance, where the
+    outputs are no scores).
 
     Args:
         student: what `convert` or `calibrate` made of the teacher; not changed.
@@ -93,7 +94,12 @@ def recover(
     _check_outputs(teacher, twin, batches)
     steps_of = _converted(student, teacher)
     before = measure_drift(teacher, student, steps_of, judged, scores=lesson.scores)
-    start = State(best=_score(before), seen=[(0, _share(before))], told=_told(before))
+    start = State(
+        best=_score(before),
+        seen=[(0, _share(before))],
+        scores=[(0, _score(before))],
+        told=_told(before),
+    )
     start.subject = digest_of(student, teacher) + "".join(of_all_ranks(both))
     sites = [step.site for step in steps_of]
     state = _Taught(twin, teacher, batches, judged, lesson).taught_(
@@ -206,6 +212,7 @@ class _Taught:
         drift = measure_drift(self.teacher, self.student, (), self.judged, scores=scores)
         score = _score(drift)
         state.seen.append((state.step, _share(drift)))
+        state.scores.append((state.step, score))
         state.told = _told(drift)
         if score > state.best:
             state.best, state.best_step, state.waited = score, state.step, 0
@@ -215,11 +222,12 @@ class _Taught:
 
 
 def _score(drift: Drift) -> float:
-    """The agreement; of two with the same, or where there is none, nearer outputs."""
-    share = _share(drift)
-    if not math.isfinite(drift.output):
-        return -math.inf
-    return share - min(drift.output, 1e3) * 1e-6 if math.isfinite(share) else -drift.output
+    """How near the scores are as distributions, or the outputs where there are none; more is nearer.
+
+    Not the agreement: on some hundred samples chance moves it by more than a lesson does.
+    """
+    off = drift.output if drift.divergence is None else drift.divergence
+    return -off if math.isfinite(off) and math.isfinite(drift.output) else -math.inf
 
 
 def _told(drift: Drift) -> str:
@@ -251,6 +259,9 @@ def _report(
         "before": before.document(),
         "after": after.document(),
         "agreement by step": [[step, share] for step, share in state.seen if share == share],
+        "divergence by step" if after.divergence is not None else "distance by step": [
+            [step, -score] for step, score in state.scores
+        ],
     }
     checks = [Check("the loss stayed finite", state.best_step >= 0, way_out="a smaller lr")]
     checks += after.agreed(min_agreement, "more steps")

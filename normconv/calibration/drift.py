@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normconv.calibration.batches import Batches
@@ -69,11 +70,14 @@ class Drift:
         sites: by site.
         output: rel-L2 difference over all outputs.
         agreement: of the first output of shape (N, classes), where there is one.
+        divergence: of the same: the mean over the samples of KL(softmax of the original's ‖ of the
+            candidate's), in nats; None where there is none.
     """
 
     sites: Mapping[str, SiteDrift]
     output: float
     agreement: Agreement | None
+    divergence: float | None = None
 
     def agreed(self, least: float | None, way_out: str) -> list[Check]:
         """Return the check of an agreement that was asked for; none where none was."""
@@ -90,7 +94,8 @@ class Drift:
         """Return it as plain data."""
         agreement = {} if self.agreement is None else self.agreement.document()
         sites = {name: vars(site) for name, site in self.sites.items()}
-        return {"output": self.output, **agreement, "sites": sites}
+        divergence = {} if self.divergence is None else {"divergence": self.divergence}
+        return {"output": self.output, **agreement, **divergence, "sites": sites}
 
 
 class _Sums(NamedTuple):
@@ -130,6 +135,7 @@ class _Tally(NamedTuple):
     output: _Sums
     same: int
     samples: int
+    divergence: float
 
     def drift(self, *others: _Tally) -> Drift:
         """Put several together."""
@@ -137,7 +143,10 @@ class _Tally(NamedTuple):
         same, samples = (sum(t.same for t in every), sum(t.samples for t in every))
         sites = {n: s.plus(*(t.sites[n] for t in others)).site() for n, s in self.sites.items()}
         output = self.output.plus(*(t.output for t in others)).relative
-        return Drift(sites, output, Agreement(same, samples) if samples else None)
+        if not samples:
+            return Drift(sites, output, None)
+        divergence = sum(t.divergence for t in every) / samples
+        return Drift(sites, output, Agreement(same, samples), divergence)
 
 
 def measure_drift(
@@ -172,7 +181,7 @@ def _tallied(
 ) -> _Tally:
     names = [step.site for step in steps if step.phase == "eval"]
     sites = {name: _Sums() for name in names}
-    output, same, samples = _Sums(), 0, 0
+    output, same, samples, divergence = _Sums(), 0, 0, 0.0
     for place, (args, kwargs) in enumerate(data):
         try:
             with record_outputs(original, names) as seen:
@@ -193,7 +202,14 @@ def _tallied(
         if name := next(alike, ""):
             same += int((expected[name].argmax(1) == got[name].argmax(1)).sum())
             samples += len(expected[name])
-    return _Tally(sites, output, same, samples)
+            divergence += _divergence(expected[name], got[name])
+    return _Tally(sites, output, same, samples, divergence)
+
+
+def _divergence(original: Tensor, candidate: Tensor) -> float:
+    """Σ over the samples of KL(p ‖ q)."""
+    p, q = (F.log_softmax(scores.double(), 1) for scores in (original, candidate))
+    return F.kl_div(q, p, log_target=True, reduction="sum").item()
 
 
 def _are_scores(output: Tensor) -> bool:

@@ -29,7 +29,7 @@ class Lesson:
         lr: largest learning rate of Adam; it rises over the first tenth and falls as a cosine to 0.
         temperature: of both softmaxes, where outputs are class scores.
         every: steps between looks at the agreement.
-        patience: looks without a better agreement before it stops.
+        patience: looks without a better result before it stops.
         features: weight of the mean over the converted sites of the squared difference of their outputs,
             relative to the teacher's.
         scores: take outputs of shape (N, classes) for class scores, whose common offset says nothing; say
@@ -77,6 +77,7 @@ class State:
     waited: int = 0
     seen: list[tuple[int, float]] = field(default_factory=list)
     subject: str = ""
+    scores: list[tuple[int, float]] = field(default_factory=list)
     told: str = ""
 
 

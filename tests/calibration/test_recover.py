@@ -57,9 +57,10 @@ def test_the_best_is_kept(net: nn.Module, student: nn.Module) -> None:
     """A rate so large that later looks are worse."""
     wild = Lesson(steps=40, every=5, lr=0.02, patience=3)
     facts = nc.recover(student, net, DATA, lesson=wild, held_out=HELD_OUT).report.facts
-    seen = dict(map(tuple, facts["agreement by step"]))
-    assert facts["after"]["agreement"] == pytest.approx(max(seen.values()))
-    assert seen[facts["best at step"]] == max(seen.values())
+    seen = dict(map(tuple, facts["divergence by step"]))
+    assert facts["after"]["divergence"] == pytest.approx(min(seen.values()))
+    assert seen[facts["best at step"]] == min(seen.values())
+    assert max(seen.values()) > min(seen.values())
     assert facts["steps"] <= facts["best at step"] + 15  # three looks without a better one
 
 
