@@ -82,7 +82,9 @@ def folding() -> list[str]:
 
 def main() -> None:
     """Put the tables between their markers."""
-    tables = {"conversions": conversions, "fine-tuning": fine_tuning, "folding": folding}
+    tables = {"conversions": conversions, "fine-tuning": fine_tuning}
+    if "folded" in _document():
+        tables["folding"] = folding
     fill(RESULTS / "gn-ws.md", tables)
 
 
