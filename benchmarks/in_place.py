@@ -26,6 +26,7 @@ from torch import nn
 import normconv as nc
 from benchmarks.export_cost import _held, _peak, _reset_peak
 from benchmarks.machine import machine
+from benchmarks.markers import page_of
 from normconv.numerics import give_back_memory
 
 BOUND = 1.2
@@ -119,27 +120,14 @@ def page(document: dict[str, Any]) -> str:
             verdict,
         ]
         rows.append("| " + " | ".join(cells) + " |")
-    where = document["machine"]
-    versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
-    return "\n".join(
-        [
-            "# Memory of the in-place conversion",
-            "",
-            "`nc.convert_(model, to, prove=False)` may take 1.2 times the largest layer beyond the",
-            "model.",
-            "Resident is the growth of the process's resident size at its peak, torch the peak of what",
-            "torch's allocator held beyond the model; in brackets each over the largest layer.",
-            "",
-            "```",
-            "python -m benchmarks.in_place --out docs/results/in-place.json",
-            "```",
-            "",
-            f"{where['processor']}, {where['cores']} cores, {where['memory GiB']} GiB; {versions}.",
-            "",
-            *rows,
-            "",
-        ]
-    )
+    text = [
+        "`nc.convert_(model, to, prove=False)` may take 1.2 times the largest layer beyond the",
+        "model.",
+        "Resident is the growth of the process's resident size at its peak, torch the peak of what",
+        "torch's allocator held beyond the model; in brackets each over the largest layer.",
+    ]
+    command = "python -m benchmarks.in_place --out docs/results/in-place.json"
+    return page_of("Memory of the in-place conversion", text, command, document["machine"], rows)
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from torch import nn
 
 import normconv as nc
 from benchmarks.machine import machine
+from benchmarks.markers import page_of
 from normconv.graph import survey
 
 CHAINS = {"fx": (10, 30, 100, 300, 1000, 2000), "export": (10, 30, 100, 300, 1000)}
@@ -70,8 +71,6 @@ def measure(name: str, model: nn.Module, args: tuple[Any, ...], method: str) -> 
 
 def page(document: dict[str, Any]) -> str:
     """Return the page for the measurements."""
-    where = document["machine"]
-    versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
     rows = [
         "| model | capture | sites | modules | parameters | seconds | ms a site |",
         "|---|---|---|---|---|---|---|",
@@ -87,23 +86,12 @@ def page(document: dict[str, Any]) -> str:
             f"{case['milliseconds a site']:.1f}",
         ]
         rows.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(
-        [
-            "# Time of planning",
-            "",
-            '`nc.make_plan(model, "wn", ...)`; with `export` the survey of sites that a plan is made',
-            "from, by that capture alone. Processor seconds on one thread, best of up to three runs.",
-            "",
-            "```",
-            "OMP_NUM_THREADS=1 python -m benchmarks.planning --out docs/results/planning.json",
-            "```",
-            "",
-            f"{where['processor']}, {where['cores']} cores, {where['memory GiB']} GiB; {versions}.",
-            "",
-            *rows,
-            "",
-        ]
-    )
+    text = [
+        '`nc.make_plan(model, "wn", ...)`; with `export` the survey of sites that a plan is made',
+        "from, by that capture alone. Processor seconds on one thread, best of up to three runs.",
+    ]
+    command = "OMP_NUM_THREADS=1 python -m benchmarks.planning --out docs/results/planning.json"
+    return page_of("Time of planning", text, command, document["machine"], rows)
 
 
 def main() -> None:

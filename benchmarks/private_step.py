@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from benchmarks.machine import machine
+from benchmarks.markers import page_of
 from normconv.layers import weight_norm_, weight_standardize_
 from normconv.privacy import register_grad_samplers, without_in_place
 
@@ -146,8 +147,6 @@ def measure(name: str, mode: str, *, batch: int, size: int, rounds: int) -> dict
 
 def page(document: dict[str, Any]) -> str:
     """Return the page for the measurements."""
-    where = document["machine"]
-    versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
     rows = [
         "| network | mode | batch | plain ms | " + " | ".join(list(KINDS)[1:]) + " | bound |",
         "|---|---|---|---|" + "---|" * len(KINDS),
@@ -162,26 +161,17 @@ def page(document: dict[str, Any]) -> str:
             "pass" if case["within the bound"] else "miss",
         ]
         rows.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(
-        [
-            "# Time of a private step",
-            "",
-            "Forward, backward with per-sample gradients (`hooks`) or their norms alone (`ghost`), under",
-            "Opacus. Ratios to the network of plain layers, medians of interleaved rounds; weight norm",
-            f"and weight standardization may take {BOUND} times as long. `torch.func` is a plain layer",
-            "of a class that Opacus has no sampler for.",
-            "",
-            "```",
-            f"OMP_NUM_THREADS={document['threads']} python -m benchmarks.private_step "
-            "--out docs/results/private-step.json",
-            "```",
-            "",
-            f"{where['processor']}, {where['cores']} cores, {where['memory GiB']} GiB; {versions}.",
-            "",
-            *rows,
-            "",
-        ]
+    text = [
+        "Forward, backward with per-sample gradients (`hooks`) or their norms alone (`ghost`), under",
+        "Opacus. Ratios to the network of plain layers, medians of interleaved rounds; weight norm",
+        f"and weight standardization may take {BOUND} times as long. `torch.func` is a plain layer",
+        "of a class that Opacus has no sampler for.",
+    ]
+    command = (
+        f"OMP_NUM_THREADS={document['threads']} python -m benchmarks.private_step "
+        "--out docs/results/private-step.json"
     )
+    return page_of("Time of a private step", text, command, document["machine"], rows)
 
 
 def main() -> None:

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
 from typing import Any
 
 from torch import Tensor, nn
 
+from normconv.calibration.passes import FarEnough, run_hooked
 from normconv.graph.tracing import tensors_in
-from normconv.numerics import evaluating
 
 __all__ = ["Look", "observe"]
 
 Look = Callable[[Tensor, Tensor], None]
-
-
-class _FarEnough(BaseException):
-    """Every call that was waited for has returned; no forward that catches exceptions stops it."""
 
 
 def observe(
@@ -55,16 +50,13 @@ def observe(
             looks[name](x.detach(), y.detach())
             returned.append(name)
             if len(returned) == calls:
-                raise _FarEnough
+                raise FarEnough
 
         return look
 
-    with ExitStack() as stack:
-        for name in looks:
-            module = model.get_submodule(name)
-            handle = module.register_forward_hook(hook(name), with_kwargs=True)
-            stack.callback(handle.remove)
-        stack.enter_context(evaluating(model))
-        with suppress(_FarEnough):
-            model(*args, **kwargs)
+    handles = [
+        model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True)
+        for name in looks
+    ]
+    run_hooked(model, args, kwargs, handles)
     return returned

@@ -3,23 +3,45 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Set
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Mapping, Set
+from contextlib import suppress
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from normconv.calibration.replay import Replay
 from normconv.numerics import evaluating
 
-__all__ = ["Partial", "Seen", "run_until"]
+__all__ = ["FarEnough", "Partial", "Seen", "run_hooked", "run_until"]
 
 Seen = Callable[[str, Tensor], None]
 
 
-class _FarEnough(BaseException):
-    """Every call that was waited for has been seen; no forward that catches exceptions stops it."""
+class FarEnough(BaseException):
+    """Raised by a hook when it has seen all; no forward that catches exceptions stops it."""
+
+
+def run_hooked(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    handles: Iterable[RemovableHandle],
+) -> None:
+    """Run a model in eval mode to its end or until a hook raises `FarEnough`, then take the hooks off.
+
+    Args:
+        model: not changed.
+        args: positional inputs.
+        kwargs: keyword inputs.
+        handles: of the hooks.
+    """
+    try:
+        with evaluating(model), suppress(FarEnough):
+            model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def run_until(
@@ -41,6 +63,7 @@ def run_until(
     Returns:
         How often each was called.
 
+    >>> import torch
     >>> net, got = nn.Sequential(nn.ReLU(), nn.Linear(2, 1)), []
     >>> run_until(net, (torch.ones(1, 2),), {}, {"0": 1}, lambda name, x: got.append((name, x.shape)))
     Counter({'0': 1})
@@ -58,19 +81,15 @@ def run_until(
             counted[name] += 1
             left -= 1
             if left == 0:
-                raise _FarEnough
+                raise FarEnough
 
         return look
 
-    with ExitStack() as stack:
-        for name in calls:
-            module = model.get_submodule(name)
-            handle = module.register_forward_pre_hook(hook(name), with_kwargs=True)
-            stack.callback(handle.remove)
-        stack.enter_context(evaluating(model))
-        stack.enter_context(torch.no_grad())
-        with suppress(_FarEnough):
-            model(*args, **kwargs)
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True)
+        for name in calls
+    ]
+    run_hooked(model, args, kwargs, handles)
     return counted
 
 

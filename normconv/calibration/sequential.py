@@ -203,7 +203,6 @@ def calibrate(
     check_use(data_use, "calibrate")
     steps = _sampled(model, plan)
     _check_pair(model, reference, plan, steps)
-    twin = copy_model(model)
     batches = Batches.of(data, reference)
     used = batches.checked()
     measured = batches
@@ -213,23 +212,24 @@ def calibrate(
     _check_runs(reference, model, measured)
     before = measure_drift(reference, model, plan.steps, measured)
     count = sum(of_all_ranks(used["batches"]))
-    with shelf_of(cache) as shelf:
-        replays = Replay(twin, shelf), Replay(reference, shelf)
-        found = _Run(twin, reference, replays, batches, count, refit)
-        try:
-            found.carry_out(steps, progress)
-            steady = found.repeats_itself()
-        except (AttributeError, KeyError, TypeError):  # what was left behind is not there
-            if cache == "none":
-                raise
-            steady = False
-        steady = all(of_all_ranks(steady))
-    if not steady:  # modules that do more than put something out
+
+    def carried_out(cache: Cache) -> tuple[_Run, bool]:
         twin = copy_model(model)
-        with shelf_of("none") as shelf:
+        with shelf_of(cache) as shelf:
             replays = Replay(twin, shelf), Replay(reference, shelf)
-            found = _Run(twin, reference, replays, batches, count, refit)
-            found.carry_out(steps, progress)
+            run = _Run(twin, reference, replays, batches, count, refit)
+            try:
+                run.carry_out(steps, progress)
+                return run, run.repeats_itself()
+            except (AttributeError, KeyError, TypeError):  # what was left behind is not there
+                if cache == "none":
+                    raise
+                return run, False
+
+    found, steady = carried_out(cache)
+    if not all(of_all_ranks(steady)):  # modules that do more than put something out
+        found, _ = carried_out("none")
+    twin = found.model
     after = measure_drift(reference, twin, plan.steps, measured)
     done = replace(plan, steps=tuple(_with_groups(step, found.groups) for step in plan.steps))
     used = {**used, "purpose": "calibrate", "use": data_use, "refit": refit}

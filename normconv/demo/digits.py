@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normconv.errors import MissingDependency
+from normconv.sources.datasets import digits
 
 __all__ = ["Digits", "DigitsResNet", "accuracy", "load_digits", "train"]
 
@@ -29,13 +29,7 @@ def load_digits() -> Digits:
     Raises:
         MissingDependency: scikit-learn is not installed.
     """
-    try:
-        from sklearn import datasets
-    except ImportError:
-        raise MissingDependency.needs("scikit-learn", "demo") from None
-    bunch = datasets.load_digits()
-    images = torch.from_numpy(bunch.images).float().unsqueeze(1) / 16
-    labels = torch.from_numpy(bunch.target).long()
+    images, labels = digits()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     images, labels = images[order], labels[order]
     split = len(labels) * 3 // 4

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from normconv.errors import LoadError, MissingDependency, Problem, UsageError
+from normconv.sources.labelled_images import IMAGES
 from normconv.sources.recognise import recognise
 from normconv.sources.safe_load import safe_load
 from normconv.sources.specs import is_spec, named_object
@@ -23,7 +24,6 @@ from normconv.sources.trust import Trust
 
 __all__ = ["Transform", "open_data"]
 
-_IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _SEED = 0
 _KEPT = 2**30  # bytes
@@ -164,7 +164,7 @@ def open_data(
     if path.is_dir() or path.suffix.lower() == ".zip":
         names = _image_names(path)
         if not names:
-            kinds = ", ".join(_IMAGES)
+            kinds = ", ".join(IMAGES)
             raise LoadError(Problem(str(path), "there are no images in it", f"known are {kinds}"))
         return _Images(path, tuple(_some(names, limit, share)), transform, batch).kept()
     tensors = _tensors(path, transform)
@@ -196,7 +196,7 @@ def _image_names(path: Path) -> list[str]:
     else:
         with zipfile.ZipFile(path) as archive:
             found = archive.namelist()
-    return sorted(name for name in found if Path(name).suffix.lower() in _IMAGES)
+    return sorted(name for name in found if Path(name).suffix.lower() in IMAGES)
 
 
 def _reader(path: Path) -> Callable[[str], bytes]:

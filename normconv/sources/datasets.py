@@ -19,7 +19,7 @@ from normconv.errors import LoadError, MissingDependency, Problem, UsageError
 from normconv.sources.labelled_images import IMAGES, ClassImage, class_images, image_decoder
 from normconv.sources.specs import is_spec, named_object
 
-__all__ = ["KINDS", "Labelled", "Samples", "open_labelled"]
+__all__ = ["KINDS", "Labelled", "Samples", "digits", "open_labelled"]
 
 KINDS = ("digits", "mnist", "fashion-mnist", "cifar10", "images")
 _SEED = 0
@@ -139,16 +139,23 @@ def _kind_of(spec: str) -> tuple[str, str]:
     return "images", spec
 
 
-def _digits() -> Labelled:
-    """The 1,797 digits that scikit-learn brings: three quarters to train, one to test."""
+def digits() -> Samples:
+    """Return the 1,797 digits that scikit-learn brings: (N, 1, 8, 8) float32 from 0 to 1.
+
+    Raises:
+        MissingDependency: scikit-learn is not installed.
+    """
     try:
         from sklearn import datasets
     except ImportError:
         raise MissingDependency.needs("scikit-learn", "demo") from None
     bunch = datasets.load_digits()
     images = torch.from_numpy(bunch.images).float().unsqueeze(1) / 16
-    labels = torch.from_numpy(bunch.target).long()
-    train, test = _split(Samples(images, labels), 0.25)
+    return Samples(images, torch.from_numpy(bunch.target).long())
+
+
+def _digits() -> Labelled:
+    train, test = _split(digits(), 0.25)
     return Labelled(train, test, 10, "scikit-learn's digits, 3/4 to train, 1/4 to test")
 
 
