@@ -159,7 +159,9 @@ class Bench:
         row: dict[str, Any] = {"no data": self.yardstick.of(fixed)}
         return row | {"recovered": [self.recovered(fixed, seed) for seed in seeds]}
 
-    def tuned(self, target: str | None, settings: dict[str, Any]) -> dict[str, Any]:
+    def tuned(
+        self, target: str | None, settings: dict[str, Any], clip: float | None
+    ) -> dict[str, Any]:
         """Fine-tune at batch size 2 for 500 steps; the original for no target."""
         row: dict[str, Any] = {"start": [], "end": []}
         for seed, data in enumerate(self.calibration):
@@ -170,7 +172,7 @@ class Bench:
                 if target.startswith("gn"):
                     model = nc.calibrate(model, plan, data, reference=self.original).model
             row["start"].append(self.yardstick.of(model))
-            fine_tune_(model, *images_of(TRAIN[0], 1000, 100 + seed))
+            fine_tune_(model, *images_of(TRAIN[0], 1000, 100 + seed), clip)
             row["end"].append(self.yardstick.of(model))
         drops = [a["right"] - b["right"] for a, b in zip(row["start"], row["end"], strict=True)]
         return row | {"mean loss": statistics.mean(drops), "worst loss": max(drops)}
@@ -197,14 +199,23 @@ class Bench:
         return {"modules": dict(kinds), "checks": checks, "passed": passed}
 
 
-def fine_tune_(model: nn.Module, images: Tensor, labels: Tensor) -> None:
-    """500 steps at batch size 2: SGD, learning rate 1e-3, momentum 0.9, cross-entropy."""
+def fine_tune_(model: nn.Module, images: Tensor, labels: Tensor, clip: float | None) -> None:
+    """500 steps at batch size 2: SGD, learning rate 1e-3, momentum 0.9, cross-entropy.
+
+    Args:
+        model: changed.
+        images: 1,000.
+        labels: theirs.
+        clip: a bound on the gradient's norm over all parameters; None for none.
+    """
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     model.train()
     for step in range(500):
         x, y = images[2 * step : 2 * step + 2], labels[2 * step : 2 * step + 2]
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
 
 
@@ -249,6 +260,7 @@ def main() -> None:
         "original right": yardstick.right,
         "rows": {},
         "fine-tuned": {},
+        "fine-tuned, clipped": {},
     }
     if options.out.exists():
         found = json.loads(options.out.read_text())
@@ -268,11 +280,12 @@ def main() -> None:
         document["rows"]["Opacus's fixer"] = other
         print("Opacus", other["no data"]["drop"], drops(other["recovered"]), sep=" | ", flush=True)
         write()
-    for name, (target, settings) in TUNED.items():
-        if name not in document["fine-tuned"]:
-            row = document["fine-tuned"][name] = bench.tuned(target, settings)
-            print("fine-tuned", name, row["mean loss"], row["worst loss"], flush=True)
-            write()
+    for part, clip in (("fine-tuned", None), ("fine-tuned, clipped", 1.0)):
+        for name, (target, settings) in TUNED.items():
+            if name not in document[part]:
+                row = document[part][name] = bench.tuned(target, settings, clip)
+                print(part, name, row["mean loss"], row["worst loss"], flush=True)
+                write()
     document["folded"] = bench.folded()
     write()
     print("folded", document["folded"]["passed"])
