@@ -129,7 +129,7 @@ def test_the_schedule_holds_then_falls_to_zero() -> None:
         recipe.schedule(optimizer, share)
         (group,) = optimizer.param_groups
         seen.append((round(group["lr"], 6), group["betas"][0]))
-    assert seen == [(0.003, 0.9), (0.003, 0.9), (0.0015, 0.5), (0.0, 0.5)]
+    assert seen == [(0.001, 0.9), (0.001, 0.9), (0.0005, 0.5), (0.0, 0.5)]
 
 
 def test_whitened_pixels_are_uncorrelated() -> None:

@@ -14,7 +14,7 @@ from normconv.training.recipes.parts import GaussianNoise, normal_, scaled
 
 __all__ = ["RECIPE", "whitened"]
 
-_RATE = 3e-3
+_RATE = 1e-3
 _RIDGE = 1e-5
 
 

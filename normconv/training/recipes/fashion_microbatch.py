@@ -38,6 +38,6 @@ RECIPE = Recipe(
     optimizer=adam,
     small=Budget(5, 8_000, 0.25, (2, 64, 128)),
     full=Budget(10, 50_000, 1.0, (2, 64, 128), (0, 1, 2)),
-    normalizations=("plain", "bn", "gn+ws", "wn", "wn+mobn"),
+    normalizations=("plain", "bn", "gn", "gn+ws", "wn", "wn+mobn"),
     data="fashion-mnist",
 )
