@@ -41,7 +41,7 @@ IMAGES = {  # epochs, width, batch size
     "tfa-tutorial": (5, 0.5, 16),
     "mnist-dense": (4, 0.25, 16),
     "fashion-microbatch": (3, 0.25, 16),
-    "cifar-convpool-cnn-c": (3, 0.25, 16),
+    "cifar-convpool-cnn-c": (7, 0.25, 16),
 }
 
 
