@@ -81,7 +81,7 @@ def _is_original(name: str) -> bool:
 
 
 def _right(row: dict[str, Any], when: str) -> float:
-    return statistics.mean(run["right"] for run in row[when])
+    return float(statistics.mean(run["right"] for run in row[when]))
 
 
 def folding() -> list[str]:

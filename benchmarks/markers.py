@@ -15,11 +15,11 @@ def fill(page: Path, tables: Mapping[str, Callable[[], list[str]]]) -> None:
     """Put each table between ``<!-- name -->`` and ``<!-- end -->``."""
     text = page.read_text()
     for name, rows in tables.items():
-        start, end = f"<!-- {name} -->\n", "\n<!-- end -->"
+        start, end = f"<!-- {name} -->\n", "<!-- end -->"
         before, found, rest = text.partition(start)
         if not found:
             raise SystemExit(f"{page.name} has no marker for {name}")
-        text = before + start + "\n".join(rows()) + end + rest.partition(end)[2]
+        text = before + start + "\n".join(rows()) + "\n" + end + rest.partition(end)[2]
     page.write_text(text)
 
 

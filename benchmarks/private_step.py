@@ -1,13 +1,14 @@
 """Time of a private step on reparametrised networks against the same network of plain layers.
 
-    python -m benchmarks.private_step --out docs/results/private-step.json
+    OMP_NUM_THREADS=1 python -m benchmarks.private_step --out docs/results/private-step.json
 
 A step is forward, backward with the gradient of every sample, and clearing them, under Opacus's
 `GradSampleModule`; clipping and noise are the same work for any network and left out. The networks have
 the same convolutions and GroupNorms: plain, weight-normed, weight-standardized, and plain of a class that
 Opacus has no sampler for and takes through `torch.func`. `ghost` is the step that wants norms alone. Each
 round runs all of them, in an order that moves on from round to round; a ratio is the median over the
-rounds of the time over that of plain layers in the same round. The page beside the JSON file is written
+rounds of the time over that of plain layers in the same round. Time is the processor's, so that other work
+on the machine does not count; it is that of all threads, hence one thread. The page beside the JSON file is written
 from it.
 """
 
@@ -108,12 +109,12 @@ def step_of(model: nn.Module, mode: str, images: torch.Tensor) -> Callable[[], f
     watched = wrapper(model.train(), loss_reduction="sum")
 
     def step() -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         watched(images).square().sum().backward()
         if mode == "ghost":
             watched.get_norm_sample()
         watched.zero_grad(set_to_none=True)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     return step
 
@@ -163,7 +164,7 @@ def page(document: dict[str, Any]) -> str:
         rows.append("| " + " | ".join(map(str, cells)) + " |")
     text = [
         "Forward, backward with per-sample gradients (`hooks`) or their norms alone (`ghost`), under",
-        "Opacus. Ratios to the network of plain layers, medians of interleaved rounds; weight norm",
+        "Opacus, in processor time. Ratios to the network of plain layers, medians of interleaved rounds; weight norm",
         f"and weight standardization may take {BOUND} times as long. `torch.func` is a plain layer",
         "of a class that Opacus has no sampler for.",
     ]

@@ -29,7 +29,7 @@ _MNIST = "--data-dir data --test-share 0.2"
 
 # Name of the result and what follows `normconv compare`; `data` stands for the folder of images.
 RUNS = {
-    "tfa-tutorial": "tfa-tutorial --data-dir data --seeds 1",
+    "tfa-tutorial": "tfa-tutorial --data-dir data --full --seeds 1",
     "mnist-dense": f"mnist-dense {_MNIST} --seeds 3",
     "cifar-convpool-cnn-c": "cifar-convpool-cnn-c --data-dir data --epochs 8",
     "conv-vae": f"conv-vae {_MNIST}",

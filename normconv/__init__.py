@@ -19,6 +19,7 @@ _PUBLIC = {
     "apply_plan": "normconv.surgery",
     "apply_plan_": "normconv.surgery",
     "audit": "normconv.auditing",
+    "bench": "normconv.deploy",
     "calibrate": "normconv.calibration",
     "convert": "normconv.api",
     "convert_": "normconv.api",
@@ -27,8 +28,10 @@ _PUBLIC = {
     "initialise": "normconv.calibration",
     "initialise_": "normconv.calibration",
     "load": "normconv.sources",
+    "load_folded": "normconv.sources",
     "make_plan": "normconv.surgery",
     "recover": "normconv.calibration",
+    "refactor": "normconv.api",
     "save": "normconv.sources",
     "verify": "normconv.deploy",
     "wrap": "normconv.api",
@@ -68,12 +71,14 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from normconv.api import convert as convert
     from normconv.api import convert_ as convert_
+    from normconv.api import refactor as refactor
     from normconv.api import wrap as wrap
     from normconv.auditing import audit as audit
     from normconv.calibration import calibrate as calibrate
     from normconv.calibration import initialise as initialise
     from normconv.calibration import initialise_ as initialise_
     from normconv.calibration import recover as recover
+    from normconv.deploy import bench as bench
     from normconv.deploy import export_onnx as export_onnx
     from normconv.deploy import verify as verify
     from normconv.errors import CaptureError as CaptureError
@@ -93,6 +98,7 @@ if TYPE_CHECKING:
     from normconv.report import Check as Check
     from normconv.report import Report as Report
     from normconv.sources import load as load
+    from normconv.sources import load_folded as load_folded
     from normconv.sources import save as save
     from normconv.surgery import Result as Result
     from normconv.surgery import apply_plan as apply_plan

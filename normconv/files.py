@@ -14,7 +14,7 @@ from typing import Any
 
 from normconv.errors import Problem, UsageError
 
-__all__ = ["atomic_path", "rejected_path", "sha256_of", "write_json"]
+__all__ = ["atomic_folder", "atomic_path", "rejected_path", "sha256_of", "write_json"]
 
 _BLOCK = 1 << 20
 
@@ -50,6 +50,44 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(entry, final.parent / entry.name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary folder of the same name to fill, and move it to `path`, whole, at the end.
+
+    It is made beside `path`, so the move is a rename. On an exception it is removed and `path` is
+    untouched.
+
+    Raises:
+        UsageError: something stands at `path` that is no empty folder, or nothing can be written there.
+
+    >>> import tempfile, pathlib
+    >>> target = pathlib.Path(tempfile.mkdtemp()) / "a"
+    >>> with atomic_folder(target) as temporary:
+    ...     _ = (temporary / "b.txt").write_text("whole")
+    >>> [entry.name for entry in target.iterdir()]
+    ['b.txt']
+    """
+    final = Path(path)
+    if final.exists() and not (final.is_dir() and not any(final.iterdir())):
+        what = "holds files already" if final.is_dir() else "is a file"
+        raise UsageError(Problem(str(final), what, "name a new or an empty folder"))
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        around = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    except OSError as error:
+        raise UsageError(Problem(str(final), f"nothing can be written there: {error}")) from None
+    try:
+        # Made in the private one, the folder has the permissions that the umask gives.
+        temporary = around / final.name
+        temporary.mkdir()
+        yield temporary
+        if final.exists():
+            final.rmdir()
+        os.replace(temporary, final)
+    finally:
+        shutil.rmtree(around, ignore_errors=True)
 
 
 def rejected_path(path: str | os.PathLike[str]) -> Path:

@@ -22,6 +22,7 @@ ROOMS = (
     "surgery",
     "folding",
     "sources",
+    "bridges",
     "proof",
     "auditing",
     "calibration",

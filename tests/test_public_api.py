@@ -15,6 +15,7 @@ VERBS = {
     "apply_plan",
     "apply_plan_",
     "audit",
+    "bench",
     "calibrate",
     "convert",
     "convert_",
@@ -23,14 +24,14 @@ VERBS = {
     "initialise",
     "initialise_",
     "load",
+    "load_folded",
     "make_plan",
     "recover",
+    "refactor",
     "save",
     "verify",
     "wrap",
 }
-# Fixed by the design and not built yet: a name moves up when it comes.
-LATER = {"bench", "refactor"}
 DATA = {"Check", "Plan", "Recipe", "Report", "Result", "Rule", "Step"}
 ERRORS = {
     "CaptureError",
@@ -49,7 +50,6 @@ PUBLIC = VERBS | DATA | ERRORS | {"__version__"}
 def test_all_is_exactly_what_is_promised() -> None:
     assert len(normconv.__all__) == len(set(normconv.__all__))
     assert set(normconv.__all__) == PUBLIC
-    assert not LATER & set(dir(normconv)), "move it from LATER to VERBS"
 
 
 def test_dir_lists_all() -> None:

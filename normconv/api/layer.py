@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from normconv.calibration import initialise
 from normconv.calibration.batches import Source
 from normconv.errors import Problem, UsageError
-from normconv.layers import wrap_
+from normconv.layers import layout_of, wrap_
 
 __all__ = ["wrap"]
 
@@ -50,6 +50,8 @@ def wrap(
         UsageError: a layer without such a weight, lazy, reparametrised already by normconv or torch, of
             integer or quantized weights; no such option; `init` for a layer that has no such start
             (recurrent, attention, embedding). The layer is as it was.
+        CheckFailed: `init`: some channel is not standard afterwards, see `initialise`; the layer is as it
+            was.
 
     Source: Salimans & Kingma 2016, equations 2, 5 and 6 and section 2; Qiao et al. 2019, equation 6.
 
@@ -67,6 +69,12 @@ def wrap(
     if to != "wn":
         raise UsageError(Problem("init", "only to='wn' has such a start", "leave init out"))
     data = [init] if isinstance(init, Tensor) else init
-    started = initialise(wrap_(copy.deepcopy(layer), scale=scale, c=c), data, fresh=True).model
+    twin = wrap_(copy.deepcopy(layer), scale=scale, c=c, dialect=dialect)
+    if layout_of(twin) is None:
+        what = (
+            f"{type(layer).__name__} has no data-dependent start, only Linear and convolutions have"
+        )
+        raise UsageError(Problem("init", what, "leave init out"))
+    started = initialise(twin, data, fresh=True).model
     wrap_(layer, scale=scale, c=c).load_state_dict(started.state_dict())
     return layer

@@ -24,7 +24,7 @@ from normconv.calibration.ranks import of_all_ranks
 from normconv.errors import CheckFailed, NormconvError, Problem, UsageError
 from normconv.graph import couples_in_training, is_norm, norm_names, norm_state
 from normconv.graph.running import first_line
-from normconv.layers import copy_model
+from normconv.layers import WeightNormed, copy_model
 from normconv.numerics import Moments
 from normconv.plan import history_of, record
 from normconv.surgery import Result
@@ -33,6 +33,7 @@ from normconv.surgery.wrappers import refuse_wrapped
 
 __all__ = ["initialise", "initialise_"]
 
+_REFINED = 3  # a small g beside a large b costs digits of t, which the next sweep has again
 _SWEEPS = 20  # for each call of the layer that a forward calls most; some 6 mostly do
 
 
@@ -159,8 +160,8 @@ def _check_options(v_std: float | None, seed: int) -> None:
     problems = []
     if v_std is not None and not (isinstance(v_std, (int, float)) and 0 < v_std < math.inf):
         problems.append(Problem("v_std", f"{v_std!r} is no positive number", "0.05 is the paper's"))
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        problems.append(Problem("seed", f"{seed!r} is no whole number"))
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        problems.append(Problem("seed", f"{seed!r} is no whole number of 64 bits"))
     if problems:
         raise UsageError(problems)
 
@@ -173,6 +174,10 @@ def _check_model(model: nn.Module, fresh: bool) -> None:
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UsageError(Problem(name, "on the meta device it has no values", "give it weights"))
     if not any(isinstance(site, LayerSite) for site in init_sites(model).values()):
+        if any(isinstance(module, WeightNormed) for module in model.modules()):
+            what = "recurrent, attention and embedding layers have no data-dependent start"
+            way_out = "leave theirs as it is; Linear and convolutions have one"
+            raise UsageError(Problem(name, what, way_out))
         way_out = "nc.convert(model, 'wn') or nc.wrap(layer) makes some"
         raise UsageError(Problem(name, "it has no weight-normed Linear or convolution", way_out))
     if not fresh and (problems := _traces_of_training(model)):
@@ -280,10 +285,11 @@ class _Run:
             )
 
     def carry_out(self) -> None:
-        """Set one group after the other; again from the first that is off, where calls are pooled."""
+        """Set one group after the other; again from the first that is off."""
         most = max(site.calls for site in self.sites.values())
+        sweeps = _SWEEPS * most if most > 1 else _REFINED
         first = 0
-        while first < len(self.groups) and self.sweeps < _SWEEPS * most:
+        while first < len(self.groups) and self.sweeps < sweeps:
             for place in range(first, len(self.groups)):
                 for name, moments in self._moments(self.groups[place]).items():
                     site = self.sites[name]
@@ -294,7 +300,7 @@ class _Run:
                     self.progress(place + 1, len(self.groups), "")
             self.sweeps += 1
             self.found = self._moments(list(self.sites))
-            first = self._first_off() if most > 1 else len(self.groups)
+            first = self._first_off()
 
     def _first_off(self) -> int:
         """The first group with a site that is not standard; their number where all are."""

@@ -9,14 +9,18 @@ import typer
 from normconv import __version__
 from normconv.cli import (
     audit,
+    bench,
     calibrate,
     compare,
     convert,
     demo,
     deploy,
+    doctor,
     fold,
     initialise,
     inspect,
+    refactor,
+    state_dict,
 )
 
 __all__ = ["app", "main"]
@@ -55,10 +59,14 @@ app.command("initialise")(initialise.initialise)
 app.command("calibrate")(calibrate.calibrate)
 app.command("recover")(calibrate.recover)
 app.command("fold")(fold.fold)
+app.command("refactor")(refactor.refactor)
+app.add_typer(state_dict.app, name="state-dict")
 app.command("export")(deploy.export)
 app.command("verify")(deploy.verify)
 app.command("audit")(audit.audit)
+app.command("bench")(bench.bench)
 app.command("compare")(compare.compare)
+app.command("doctor")(doctor.doctor)
 
 
 def main() -> None:

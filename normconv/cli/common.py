@@ -15,9 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from normconv.cli.pages import Html as Html
+from normconv.cli.pages import is_main_process as is_main_process
+from normconv.cli.pages import page_wanted, write_page
 from normconv.errors import CheckFailed, NormconvError, Problem, UsageError
 from normconv.files import atomic_path, rejected_path, write_json
 from normconv.report import Report
+from normconv.report.html import check_html_path
 from normconv.report.terminal import print_error, print_report
 
 if TYPE_CHECKING:
@@ -38,7 +42,6 @@ __all__ = [
     "check_outputs",
     "command",
     "emit",
-    "is_main_process",
     "options_from",
     "out_path",
     "report_path",
@@ -101,15 +104,20 @@ def _print_failure(error: NormconvError, as_json: bool) -> None:
     print_error(Console(stderr=True), error)
 
 
-def is_main_process() -> bool:
-    """Say whether this process prints and writes: of several that were started together, the first."""
-    return os.environ.get("RANK", "0") == "0"
+def _write_failure(error: NormconvError) -> None:
+    """Write the report with the failed checks where `--report` says."""
+    try:
+        if isinstance(error, CheckFailed):
+            write_page(error.report)
+    except NormconvError as also:
+        print_error(Console(stderr=True), also)
 
 
 def emit(report: Report, *, as_json: bool, all_sites: bool = False) -> None:
-    """Print a report as tables, or as JSON alone."""
+    """Print a report as tables, or as JSON alone; write it as HTML where that is wanted."""
     if not is_main_process():
         return
+    write_page(report)
     if as_json:
         typer.echo(report.to_json())
     else:
@@ -175,6 +183,7 @@ class SourceOptions:
         random_weights: take a named model as it is initialised.
         input_: the example input as it was given.
         as_json: nothing but JSON is wanted.
+        html: where the report is also written, as HTML.
     """
 
     source: Source
@@ -185,6 +194,7 @@ class SourceOptions:
     random_weights: RandomWeights = False
     input_: Input = None
     as_json: Json = False
+    html: Html = None
 
     def open(self) -> Opened:
         """Load the model and find its example inputs."""
@@ -213,7 +223,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     """Make a command of a function; a parameter that is a dataclass stands for its fields.
 
     So commands share groups of options without repeating them. normconv's errors become a message
-    and the exit code they stand for.
+    and the exit code they stand for. Where there is an option `html`, a report that is emitted, or that
+    a failed check carries, is written there too.
     """
     own = inspect.signature(function, eval_str=True).parameters
     groups: dict[str, Callable[..., Any]] = {
@@ -228,13 +239,18 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(**given: Any) -> None:
         as_json = bool(given.get("as_json"))
+        page = given.get("html")
         for name, group in groups.items():
             given[name] = group(**{field: given.pop(field) for field in fields_of[name]})
-        try:
-            function(**given)
-        except NormconvError as error:
-            _print_failure(error, as_json)
-            raise typer.Exit(error.exit_code) from None
+        with page_wanted(page):
+            try:
+                if page is not None:
+                    check_html_path(page)
+                function(**given)
+            except NormconvError as error:
+                _print_failure(error, as_json)
+                _write_failure(error)
+                raise typer.Exit(error.exit_code) from None
 
     every = [p for n, p in own.items() for p in fields_of.get(n, {n: p}).values()]
     # A parameter without a default is an argument, and those come first.

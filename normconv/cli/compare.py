@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.padding import Padding
 from rich.text import Text
 
@@ -112,7 +113,14 @@ class LabelledOptions:
     ] = False
 
     def spec(self, recipe: Recipe) -> str:
-        """Return what is trained on; empty where the recipe makes its own."""
+        """Return what is trained on; empty where the recipe makes its own.
+
+        Raises:
+            UsageError: nothing says where the data is, or the folder would be ignored.
+        """
+        if self.data_dir is not None and (self.data is not None or recipe.data not in _FOLDERS):
+            what = "--data says where it is" if self.data else f"{recipe.name} has no such folder"
+            raise UsageError(Problem("--data-dir", what, "leave it out"))
         if self.data is not None or recipe.data not in _FOLDERS:
             return self.data or recipe.data
         if self.data_dir is None:
@@ -125,6 +133,9 @@ class LabelledOptions:
         """Open what is trained on, of it what the recipe looks at."""
         spec = self.spec(recipe)
         if not spec:
+            if self.test_share is not None or self.download:
+                what = f"{recipe.name} makes its own data"
+                raise UsageError(Problem("--test-share, --download", what, "leave them out"))
             return None
         from normconv.sources.datasets import open_labelled
 
@@ -137,6 +148,7 @@ _FOLDERS = ("mnist", "fashion-mnist", "cifar10")
 
 @command
 def compare(
+    context: typer.Context,
     budget: BudgetOptions,
     labelled: LabelledOptions,
     recipe: Annotated[
@@ -173,8 +185,9 @@ def compare(
     Writes comparison.json, curves.csv and curves.png. Call it again to go on after an interruption.
     """
     if list_:
-        _list(Console())
+        _list(Console(emoji=False))
         return
+    _refuse_ignored(context, own=model is not None)
     from normconv.calibration import join_processes
     from normconv.training import compare as run
     from normconv.training import recipe_of, recipe_of_model
@@ -213,7 +226,7 @@ def compare(
     if found.missing:
         if is_main_process():
             left = f"{len(found.missing)} runs are with other processes: the last one writes"
-            Console(stderr=True).print(left, highlight=False)
+            Console(stderr=True, emoji=False).print(left, highlight=False)
         return
     files = {**found.write(folder), **_draw(found, folder)}
     if as_json:
@@ -221,9 +234,23 @@ def compare(
 
         typer.echo(json.dumps(jsonable({**found.document(), "written": files}), indent=2))
         return
-    show(Console(), found)
+    console = Console(emoji=False)
+    show(console, found)
     for kind, path in files.items():
-        Console().print(f"[dim]{kind}:[/] {path}", highlight=False)
+        console.print(f"[dim]{kind}:[/] {escape(path)}", highlight=False)
+
+
+def _refuse_ignored(context: typer.Context, *, own: bool) -> None:
+    """Refuse a recipe beside a network of one's own, and options of such a network without one."""
+    names = {"recipe": "RECIPE"} if own else {"lr": "--lr", "model_arg": "--model-arg"}
+    why = "--model takes a recipe's place" if own else "it goes with --model"
+    problems = [
+        Problem(shown, why, "leave one of them out" if own else "leave it out, or name a model")
+        for name, shown in names.items()
+        if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
+    ]
+    if problems:
+        raise UsageError(problems)
 
 
 def _file_name(name: str) -> str:
@@ -245,16 +272,16 @@ def _list(console: Console) -> None:
     for recipe in RECIPES.values():
         names = ", ".join(recipe.normalizations)
         data = recipe.data or "makes its own data"
-        console.print(f"[bold]{recipe.name}[/] ({data}; {names})", highlight=False)
-        console.print(Padding(recipe.reproduces, (0, 0, 1, 2)), highlight=False)
+        console.print(f"[bold]{escape(recipe.name)}[/] ({data}; {names})", highlight=False)
+        console.print(Padding(escape(recipe.reproduces), (0, 0, 1, 2)), highlight=False)
 
 
 def show(console: Console, found: Comparison) -> None:
     """Print a row for each normalization and batch size."""
-    console.rule(f"[bold]compare {found.recipe}")
+    console.rule(f"[bold]compare {escape(found.recipe)}")
     for name in ("reproduces", "data", "device"):
         if name in found.facts:
-            console.print(f"[dim]{name}:[/] {found.facts[name]}", highlight=False)
+            console.print(f"[dim]{name}:[/] {escape(str(found.facts[name]))}", highlight=False)
     rows = found.summary()
     have = found.measures()
     measures = [n for n in (found.headline, "test_loss", "train_loss") if n in have]
@@ -301,7 +328,7 @@ def _number(value: float | None, form: str) -> str:
 @contextmanager
 def _watching(*, as_json: bool, share: Share) -> Iterator[Callable[[str, int, int], None] | None]:
     """Show a bar with the run on a terminal, a line at each run and tenth elsewhere."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)
     if as_json or not is_main_process():
         yield None
         return
@@ -312,7 +339,7 @@ def _watching(*, as_json: bool, share: Share) -> Iterator[Callable[[str, int, in
         with Progress(console=console) as bar:
             task = bar.add_task("prepare the data", total=None)
             yield lambda run, done, total: bar.update(
-                task, description=run + whose, completed=done, total=total
+                task, description=escape(run + whose), completed=done, total=total
             )
         return
     console.print("prepare the data …", highlight=False)
@@ -322,6 +349,6 @@ def _watching(*, as_json: bool, share: Share) -> Iterator[Callable[[str, int, in
         nonlocal last
         if last != (run, done * 10 // total):
             last = (run, done * 10 // total)
-            console.print(f"{run}{whose}: {done} of {total} steps", highlight=False)
+            console.print(f"{escape(run)}{whose}: {done} of {total} steps", highlight=False)
 
     yield line

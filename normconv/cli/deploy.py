@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["export", "verify"]
 
 Provider = Annotated[
-    str | None, typer.Option("--provider", help="cpu or cuda; the best there is by default.")
+    str | None, typer.Option("--provider", help="cpu, cuda or tensorrt; without it cuda, else cpu.")
 ]
 
 

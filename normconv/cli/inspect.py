@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
@@ -13,8 +14,12 @@ from normconv.cli.common import (
     command,
     stage,
 )
-from normconv.report import jsonable
+from normconv.cli.pages import write_page
+from normconv.report import Report, SiteRow, jsonable
 from normconv.report.terminal import table
+
+if TYPE_CHECKING:
+    from normconv.graph.sites import Site
 
 __all__ = ["inspect"]
 
@@ -42,6 +47,12 @@ def inspect(
         "capture": found.method,
         "parameters": sum(p.numel() for p in opened.model.parameters()),
     }
+    failures = tuple(f"capture by {k}: {v}" for k, v in found.failures.items())
+    rows = tuple(
+        SiteRow(site.name, site.norm, " + ".join(site.producers), "", "", _fed_by(site))
+        for site in found.sites
+    )
+    write_page(Report("inspect", source.source, "", rows, (), facts, (*notes, *failures)))
     if source.as_json:
         sites = [site.__dict__ for site in found.sites]
         document = {"facts": facts, "failures": found.failures, "sites": sites, "notes": notes}
@@ -53,18 +64,23 @@ def inspect(
     made = table(["norm", "class", "channels", "input", "called in", "fed by"])
     for site in found.sites:
         shape = "x".join(map(str, site.shape or ()))
-        fed = " + ".join(site.producers) or site.refusal or site.obstacle or "nothing calls it"
-        fed += f" -> {' + '.join(site.consumers)}" if site.consumers else ""
         made.add_row(
-            site.name or "(the model)", site.norm, str(site.channels), shape, site.phase, fed
+            site.name or "(the model)",
+            site.norm,
+            str(site.channels),
+            shape,
+            site.phase,
+            _fed_by(site),
         )
     console.print(made)
     foldable = sum(bool(site.producers) for site in found.sites)
     forward = sum(bool(site.consumers) for site in found.sites)
     more = f", {forward} into what they feed" if forward else ""
     console.print(f"{len(found.sites)} norms, {foldable} can be folded into what feeds them{more}")
-    for note in (
-        *notes,
-        *(f"capture by {k}: {v}" for k, v in found.failures.items()),
-    ):
+    for note in (*notes, *failures):
         console.print(f"[yellow]note:[/] {note}", highlight=False)
+
+
+def _fed_by(site: Site) -> str:
+    fed = " + ".join(site.producers) or site.refusal or site.obstacle or "nothing calls it"
+    return f"{fed} -> {' + '.join(site.consumers)}" if site.consumers else fed

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from normconv.deploy import Session, export_onnx, norm_nodes
 from normconv.files import write_json
 from normconv.folding import fold
 from normconv.graph import is_norm
-from normconv.numerics import relative_l2
+from normconv.numerics import relative_l2, take_turns
 from normconv.report import Report
 from normconv.sources import save
 
@@ -150,17 +150,7 @@ def _norms(model: nn.Module) -> int:
 
 
 def _interleaved(computes: list[Callable[[Tensor], Tensor]], images: Tensor) -> list[float]:
-    """Time one batch in turn, so that the machine's mood falls on all alike; medians in ms.
-
-    Threads of one runtime go on spinning for a while when its turn is over: the pause and the call
-    that is not counted keep that off the next one.
-    """
-    seconds: list[list[float]] = [[] for _ in computes]
-    for _ in range(_ROUNDS):
-        for compute, measured in zip(computes, seconds, strict=True):
-            time.sleep(_PAUSE)
-            compute(images)
-            start = time.perf_counter()
-            compute(images)
-            measured.append(time.perf_counter() - start)
-    return [1e3 * statistics.median(values) for values in seconds]
+    """Time one batch in turn, so that the machine's mood falls on all alike; medians in ms."""
+    works = [functools.partial(compute, images) for compute in computes]
+    times = take_turns(works, seconds=0.0, least=_ROUNDS, unmeasured=1, pause=_PAUSE)
+    return [1e3 * statistics.median(turn[0] for turn in turns) for turns in times]

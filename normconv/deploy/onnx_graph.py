@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeAlias
 
 import onnx
@@ -21,6 +22,7 @@ __all__ = [
     "as_ir",
     "constant_values",
     "dynamic_axes",
+    "external_files",
     "initializer_bytes",
     "leaked_paths",
     "node_counts",
@@ -105,6 +107,12 @@ def initializer_bytes(source: Source) -> int:
     """Return the size of all weights in bytes."""
     values = as_ir(source).graph.initializers.values()
     return sum(int(value.const_value.nbytes) for value in values if value.const_value is not None)
+
+
+def external_files(source: Source) -> set[Path]:
+    """Return the files beside it that hold weights of a file."""
+    values = (value.const_value for value in as_ir(source).graph.initializers.values())
+    return {Path(value.path) for value in values if isinstance(value, ir.ExternalTensor)}
 
 
 def dynamic_axes(source: Source) -> dict[str, dict[int, str]]:

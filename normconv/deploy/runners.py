@@ -118,9 +118,9 @@ def _loaded(path: Path) -> nn.Module:
 class OnnxRunner:
     """An ``.onnx`` file in ONNX Runtime."""
 
-    def __init__(self, path: Path, provider: str | None) -> None:
+    def __init__(self, path: Path, provider: str | None, **options: Any) -> None:
         self.subject = path.name
-        self.session = Session(path, provider)
+        self.session = Session(path, provider, **options)
 
     @property
     def provider(self) -> str:
@@ -129,13 +129,13 @@ class OnnxRunner:
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Run the file on torch tensors."""
-        return session_outputs(self.session, self._feeds(args, kwargs))
+        return session_outputs(self.session, self.feeds(args, kwargs))
 
     def exact(self) -> Runner | None:
         """Return None: a file computes in the dtype it was written in."""
         return None
 
-    def _feeds(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    def feeds(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Give keyword inputs by name and the others in order; floats get the dtype of the file."""
         specs = {spec.name: spec for spec in self.session.inputs}
         named = flat_outputs({key: value for key, value in kwargs.items() if key in specs})

@@ -7,57 +7,37 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from normconv.deploy.values import (
+    BFLOAT16,
+    ONNX_BFLOAT16,
+    InputSpec,
+    array,
+    from_ort_value,
+    mismatches,
+    zeros,
+)
 from normconv.errors import MissingDependency, Problem, Refused, UsageError
 
-__all__ = ["PROVIDERS", "InputSpec", "Session", "onnxruntime_module"]
+__all__ = ["PROVIDERS", "Session", "onnxruntime_module"]
 
 #: The providers this project knows, by the name it gives them.
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
 
 _ERRORS_ONLY = 3
 _FATAL_ONLY = 4
 _WARNINGS = 2  # ONNX Runtime's own default
 _RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"
-_CONTAINERS = {
-    "tensor(float)": np.dtype(np.float32),
-    "tensor(double)": np.dtype(np.float64),
-    "tensor(float16)": np.dtype(np.float16),
-    "tensor(int64)": np.dtype(np.int64),
-    "tensor(int32)": np.dtype(np.int32),
-    "tensor(int16)": np.dtype(np.int16),
-    "tensor(int8)": np.dtype(np.int8),
-    "tensor(uint8)": np.dtype(np.uint8),
-    "tensor(bool)": np.dtype(np.bool_),
-}
-_BFLOAT16 = "tensor(bfloat16)"
-_ONNX_BFLOAT16 = 16  # TensorProto.BFLOAT16
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """What an input of a file must be.
-
-    Args:
-        name: its name.
-        type: ONNX Runtime's word for its type, e.g. ``tensor(float)``.
-        shape: a number for a fixed axis, a name or None for a free one.
-    """
-
-    name: str
-    type: str
-    shape: tuple[int | str | None, ...]
-
-    def __str__(self) -> str:
-        sizes = ", ".join("?" if size is None else str(size) for size in self.shape)
-        return f"{self.name}: {self.type} [{sizes}]"
 
 
 def onnxruntime_module() -> Any:
@@ -87,7 +67,8 @@ class Session:
 
     Args:
         model: a path or the bytes of a file.
-        provider: ``"cpu"``, ``"cuda"``, or None for the best there is.
+        provider: ``"cpu"``, ``"cuda"``, ``"tensorrt"``, ONNX Runtime's own name of another that it
+            has, or None for the best of the first two.
         tf32: allow TF32 on CUDA; off by default, since it keeps 10 bits of the mantissa.
         threads: threads inside one operator; None takes torch's number.
         provider_options: more options of the provider.
@@ -141,12 +122,48 @@ class Session:
             Refused: an input is missing, unknown, or of another type or shape; all are listed.
         """
         self._check_inputs(inputs)
-        if any(spec.type == _BFLOAT16 for spec in self.inputs) or _BFLOAT16 in self._output_types:
+        if any(spec.type == BFLOAT16 for spec in self.inputs) or BFLOAT16 in self._output_types:
             values = self._run_values(inputs)
         else:
-            feeds = {spec.name: _array(inputs[spec.name]) for spec in self.inputs}
+            feeds = {spec.name: array(inputs[spec.name]) for spec in self.inputs}
             values = self._call(lambda: self._session.run(None, feeds))
         return dict(zip(self.outputs, values, strict=True))
+
+    def bound(
+        self,
+        inputs: Mapping[str, Any],
+        outputs: Mapping[str, np.ndarray[Any, Any]] | None = None,
+    ) -> Callable[[], None]:
+        """Place inputs where the file computes, once, and return a call that runs it on them.
+
+        Outputs stay there too, and a call has ended when they are there: nothing is copied.
+
+        Args:
+            inputs: as for `run`.
+            outputs: arrays with the shapes and types of the outputs. With them the outputs' memory is
+                taken once, as CUDA graphs need it.
+
+        Raises:
+            Refused: as `run`.
+        """
+        self._check_inputs(inputs)
+        device = "cuda" if self.provider in ("cuda", "tensorrt") else "cpu"
+        binding = self._session.io_binding()
+        for spec in self.inputs:
+            binding.bind_ortvalue_input(spec.name, self._ort_value(inputs[spec.name], device))
+        for name in self.outputs:
+            if outputs is None:
+                binding.bind_output(name, device)
+            else:
+                like = self._ort.OrtValue.ortvalue_from_numpy(outputs[name], device, 0)
+                binding.bind_ortvalue_output(name, like)
+
+        def call() -> None:
+            self._session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+
+        self._call(call)
+        return call
 
     def nodes_per_provider(self) -> dict[str, int]:
         """Count the nodes that each provider took, as ONNX Runtime assigned them at load.
@@ -172,6 +189,8 @@ class Session:
         if provider is None:
             usable = PROVIDERS["cuda"] in available and torch.cuda.is_available()
             return "cuda" if usable else "cpu"
+        if provider not in PROVIDERS and provider in available:
+            return _short(provider)
         if provider not in PROVIDERS:
             names = ", ".join(PROVIDERS)
             raise UsageError(Problem("provider", f"{provider!r} is not one of {names}"))
@@ -188,8 +207,13 @@ class Session:
     def _providers(self, tf32: bool, more: Mapping[str, str]) -> list[Any]:
         if self.provider == "cpu":
             return [(PROVIDERS["cpu"], dict(more))]
-        options = {"use_tf32": "1" if tf32 else "0", **more}
-        return [(PROVIDERS["cuda"], options), PROVIDERS["cpu"]]
+        cuda = {"use_tf32": "1" if tf32 else "0"}
+        if self.provider == "cuda":
+            return [(PROVIDERS["cuda"], {**cuda, **more}), PROVIDERS["cpu"]]
+        # What TensorRT does not take stays on the GPU.
+        rest = [(PROVIDERS["cuda"], cuda)] if self.provider == "tensorrt" else []
+        own = PROVIDERS.get(self.provider, self.provider)
+        return [(own, dict(more)), *rest, PROVIDERS["cpu"]]
 
     def _options(self, frugal: bool) -> Any:
         options = self._ort.SessionOptions()
@@ -207,7 +231,7 @@ class Session:
 
     def _start(self, options: Any) -> Any:
         with self._quiet():
-            if self.provider == "cuda":
+            if self.provider in ("cuda", "tensorrt"):
                 # torch is imported: its wheels' CUDA libraries are the ones to load.
                 getattr(self._ort, "preload_dlls", lambda: None)()
             return self._call(
@@ -230,7 +254,7 @@ class Session:
     def _require_provider(self) -> None:
         if self.provider == "cpu":
             return
-        wanted = PROVIDERS[self.provider]
+        wanted = PROVIDERS.get(self.provider, self.provider)
         if wanted not in self._session.get_providers():
             what = "it could not be started; no usable GPU or CUDA libraries"
         elif not self.nodes_per_provider().get(self.provider):
@@ -246,7 +270,7 @@ class Session:
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / "profile")
             session = self._start(options)
-            session.run(None, {spec.name: _zeros(spec) for spec in self.inputs})
+            session.run(None, {spec.name: zeros(spec) for spec in self.inputs})
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         nodes = {
             event["name"]: _short(event["args"]["provider"])
@@ -269,7 +293,7 @@ class Session:
             if spec.name not in inputs:
                 problems.append(Problem(spec.name, "this input is missing", f"it takes {wanted}"))
             else:
-                problems.extend(_mismatches(spec, inputs[spec.name]))
+                problems.extend(mismatches(spec, inputs[spec.name]))
         if problems:
             raise Refused(problems)
 
@@ -277,13 +301,13 @@ class Session:
         """Run with OrtValues: numpy has no bfloat16."""
         feeds = {spec.name: self._ort_value(inputs[spec.name]) for spec in self.inputs}
         values = self._call(lambda: self._session.run_with_ort_values(None, feeds))
-        return [_from_ort_value(value) for value in values]
+        return [from_ort_value(value) for value in values]
 
-    def _ort_value(self, value: Any) -> Any:
+    def _ort_value(self, value: Any, device: str = "cpu") -> Any:
         if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16:
             bits = value.detach().cpu().contiguous().view(torch.int16).numpy().view(np.uint16)
-            return self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _ONNX_BFLOAT16)
-        return self._ort.OrtValue.ortvalue_from_numpy(_array(value))
+            return self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, ONNX_BFLOAT16)
+        return self._ort.OrtValue.ortvalue_from_numpy(array(value), device, 0)
 
     def _call(self, work: Any) -> Any:
         try:
@@ -295,48 +319,6 @@ class Session:
             if type(error).__module__.startswith("onnxruntime"):
                 raise Refused(Problem(self._subject, _first_line(error))) from error
             raise
-
-
-def _mismatches(spec: InputSpec, value: Any) -> Iterator[Problem]:
-    shape = tuple(value.shape)
-    given = _type_of(value)
-    if given != spec.type:
-        yield Problem(spec.name, f"takes {spec.type}, not {given}")
-    fits = len(shape) == len(spec.shape) and all(
-        not isinstance(size, int) or size == given_size
-        for size, given_size in zip(spec.shape, shape, strict=True)
-    )
-    if not fits:
-        yield Problem(spec.name, f"takes the shape {list(spec.shape)}, not {list(shape)}")
-
-
-def _type_of(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        if value.dtype == torch.bfloat16:
-            return _BFLOAT16
-        dtype = np.dtype(str(value.dtype).removeprefix("torch."))
-    else:
-        dtype = np.asarray(value).dtype
-    known = {container: name for name, container in _CONTAINERS.items()}
-    return known.get(dtype, f"tensor({dtype})")
-
-
-def _array(value: Any) -> np.ndarray[Any, Any]:
-    if isinstance(value, torch.Tensor):
-        return np.ascontiguousarray(value.detach().cpu().numpy())
-    return np.asarray(value)
-
-
-def _zeros(spec: InputSpec) -> np.ndarray[Any, Any]:
-    shape = [size if isinstance(size, int) else 1 for size in spec.shape]
-    return np.zeros(shape, dtype=_CONTAINERS.get(spec.type, np.dtype(np.float32)))
-
-
-def _from_ort_value(value: Any) -> np.ndarray[Any, Any]:
-    if value.data_type() != _BFLOAT16:
-        return np.asarray(value.numpy())
-    tensor = torch.utils.dlpack.from_dlpack(value._get_c_value())
-    return tensor.float().cpu().numpy()
 
 
 def _short(provider: str) -> str:

@@ -18,6 +18,7 @@ __all__ = [
     "absorb_norm_",
     "affine_norm_",
     "empty_slot_",
+    "move_hooks_",
     "normalizer_name",
     "replace_module_",
     "replace_norm_",
@@ -167,10 +168,15 @@ def _slot(norm: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
         slot = next(iter(parts.values()), None) or nn.Identity()
     for module in (slot, *parts.values()):
         module.training = norm.training
-    for hooks in _HOOKS:
-        getattr(slot, hooks).update(getattr(norm, hooks))
+    move_hooks_(norm, slot)
     _carry_attributes(norm, slot)
     return slot
+
+
+def move_hooks_(source: nn.Module, target: nn.Module) -> None:
+    """Give the module that takes another's place the other's hooks, in place."""
+    for hooks in _HOOKS:
+        getattr(target, hooks).update(getattr(source, hooks))
 
 
 _HOOKS = (

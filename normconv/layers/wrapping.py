@@ -18,7 +18,7 @@ from normconv.layers.weight_standardization import (
     unfit_for_weight_standardization,
     weight_standardize_,
 )
-from normconv.numerics import DIALECTS, all_finite, wide_row_norms
+from normconv.numerics import DIALECTS, RowLayout, all_finite, log_gains, wide_row_norms
 
 __all__ = ["check_scale", "obstacle_to", "wrap_"]
 
@@ -45,7 +45,7 @@ def wrap_(
     problems = _option_problems(to, scale, c, dialect)
     if not problems:
         for name, part in _parts(layer).items():
-            if found := obstacle_to(to, part, scale=scale):
+            if found := obstacle_to(to, part, scale=scale, c=c):
                 problems.append(Problem(name, *found))
     if problems:
         raise UsageError(problems)
@@ -75,7 +75,7 @@ def _option_problems(to: object, scale: object, c: Any, dialect: str) -> list[Pr
         problems.append(Problem("scale", reason))
     if to == "ws" and (scale, c) != ("linear", 1.0):
         problems.append(Problem("scale", "only to='wn' has scale and c"))
-    if dialect not in DIALECTS:
+    if not isinstance(dialect, str) or dialect not in DIALECTS:
         problems.append(Problem("dialect", f"{dialect!r} is none of {', '.join(DIALECTS)}"))
     elif to == "wn" and dialect != "timm":
         problems.append(Problem("dialect", "only to='ws' has dialects"))
@@ -99,13 +99,16 @@ _FOLD = "fold it first: nc.fold(model) folds every weight norm"
 _NEEDS = "takes Linear, convolution, Embedding, recurrent and MultiheadAttention layers"
 
 
-def obstacle_to(kind: str, layer: nn.Module, *, scale: str = "linear") -> tuple[str, str] | None:
+def obstacle_to(
+    kind: str, layer: nn.Module, *, scale: str = "linear", c: float = 1.0
+) -> tuple[str, str] | None:
     """Say why a layer's own weights cannot be reparametrised, and the way out; None where they can.
 
     Args:
         kind: ``wn`` or ``ws``.
         layer: read only.
         scale: as in `wrap_`.
+        c: as in `wrap_`.
 
     >>> obstacle_to("wn", nn.Linear(2, 2)) is None, obstacle_to("wn", nn.LazyLinear(2))[0]
     (True, 'LazyLinear is lazy and has no parameters yet')
@@ -135,10 +138,20 @@ def obstacle_to(kind: str, layer: nn.Module, *, scale: str = "linear") -> tuple[
         if scale == "exp" and not weight.is_meta and not bool(weight.any()):
             what = f"its {weight_name} is 0, and no gain of 0 is e^(c·s)"
             return what, "use scale='linear' there"
+        if scale == "exp" and not weight.is_meta and _out_of_range(weight, layouts[weight_name], c):
+            what = f"log|g| / c of its {weight_name} is beyond {weight.dtype} with c={c!r}"
+            return what, "take c nearer to 1, or scale='linear'"
     weights = [id(layer._parameters[weight_name]) for weight_name in layouts]
     if len(set(weights)) < len(weights):
         return "two of its weights are the same parameter", "leave this layer plain"
     return _unfit_layer(kind, layer)
+
+
+def _out_of_range(weight: torch.Tensor, layout: RowLayout, c: float) -> bool:
+    """Say whether s = log|g| / c overflows or vanishes in the weight's dtype: e^(c·s) were another g."""
+    s = log_gains(wide_row_norms(weight, layout), c, weight.dtype).s
+    off = (s.to(weight.dtype).double() - s).abs()
+    return not bool((off * c <= torch.finfo(weight.dtype).eps * (1 + (s * c).abs())).all())
 
 
 def _unfit_weight(name: str, weight: Any) -> tuple[str, str] | None:

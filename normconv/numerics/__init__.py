@@ -9,7 +9,9 @@ from normconv.numerics.error import NOISE_FACTOR as NOISE_FACTOR
 from normconv.numerics.error import noise_bound as noise_bound
 from normconv.numerics.error import relative_l2 as relative_l2
 from normconv.numerics.error import unprovable as unprovable
+from normconv.numerics.memory import Peak as Peak
 from normconv.numerics.memory import give_back_memory as give_back_memory
+from normconv.numerics.memory import peak_memory as peak_memory
 from normconv.numerics.modes import evaluating as evaluating
 from normconv.numerics.modes import state_kept as state_kept
 from normconv.numerics.moments import Moments as Moments
@@ -35,6 +37,10 @@ from normconv.numerics.standardization import mean_shares as mean_shares
 from normconv.numerics.standardization import standard_gain as standard_gain
 from normconv.numerics.standardization import standard_weight as standard_weight
 from normconv.numerics.standardization import true_standard_weight as true_standard_weight
+from normconv.numerics.turns import Turns as Turns
+from normconv.numerics.turns import quartiles as quartiles
+from normconv.numerics.turns import ratios_by_turn as ratios_by_turn
+from normconv.numerics.turns import take_turns as take_turns
 from normconv.numerics.weight_norm import GainDirection as GainDirection
 from normconv.numerics.weight_norm import log_gains as log_gains
 from normconv.numerics.weight_norm import normed_weight as normed_weight

@@ -1,5 +1,6 @@
 """What the user wants (recipe) and what will happen (plan), as pure data. Loads no torch."""
 
+from normconv.plan.history import forget as forget
 from normconv.plan.history import history_of as history_of
 from normconv.plan.history import record as record
 from normconv.plan.plan import Action as Action

@@ -1,7 +1,8 @@
 """What normconv has done to a model, kept on the model so that a file of weights can be rebuilt.
 
-The history is a list of plain entries, oldest first: ``{"apply": plan}`` or ``{"fold": {}}``. It is
-stored as JSON text in one attribute: text survives deepcopy, pickle and the safe loader alike.
+The history is a list of plain entries, oldest first: ``{"apply": plan, "was": norms}`` or
+``{"fold": {}}``. It is stored as JSON text in one attribute: text survives deepcopy, pickle and the safe
+loader alike.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-__all__ = ["ATTRIBUTE", "history_of", "record"]
+__all__ = ["ATTRIBUTE", "forget", "history_of", "record"]
 
 ATTRIBUTE = "_normconv_history"
 
@@ -36,6 +37,12 @@ def record(model: object, entry: dict[str, Any]) -> None:
         # A GraphModule's deepcopy keeps `meta` and forgets attributes; its pickle does the reverse.
         meta[ATTRIBUTE] = text
     model.__dict__[ATTRIBUTE] = text
+
+
+def forget(model: object) -> None:
+    """Drop a model's history, in place: it is of its original structure again."""
+    _graph_meta(model).pop(ATTRIBUTE, None)
+    model.__dict__.pop(ATTRIBUTE, None)
 
 
 _NO_META: dict[str, Any] = {}

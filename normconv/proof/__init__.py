@@ -2,6 +2,7 @@
 
 from normconv.proof.conversion import Proof as Proof
 from normconv.proof.conversion import prove as prove
+from normconv.proof.conversion import prove_outputs as prove_outputs
 from normconv.proof.conversion import prove_recorded as prove_recorded
 from normconv.proof.outputs import cast_inputs as cast_inputs
 from normconv.proof.outputs import evaluate as evaluate

@@ -26,7 +26,7 @@ from normconv.proof.recording import (
 )
 from normconv.report import Check, SiteRow
 
-__all__ = ["Proof", "prove", "prove_recorded"]
+__all__ = ["Proof", "prove", "prove_outputs", "prove_recorded"]
 
 _SIGHT = 1e-2
 _IN_FLOAT64 = "prove it in float64: convert model.double()"
@@ -88,6 +88,19 @@ def prove_recorded(recording: Recording, candidate: nn.Module) -> Proof:
         "sites compared": sum(row.error is not None for row in ordered),
     }
     return Proof(tuple(checks), ordered, facts, notes)
+
+
+def prove_outputs(recording: Recording, outputs: Mapping[str, Tensor]) -> tuple[Check, ...]:
+    """Compare outputs that were computed elsewhere, on the same inputs, with the recorded original.
+
+    Args:
+        recording: of the original, without sites.
+        outputs: by the names of `flat_outputs`.
+    """
+    original = recording.in_eval
+    candidate = Run(dict(outputs), {})
+    runs = _Runs(original.reference, list(original.own), original.again, candidate, {})
+    return tuple(_judged(runs, (), recording.dtype)[0])
 
 
 @dataclass
@@ -152,7 +165,7 @@ def _output_checks(runs: _Runs, dtype: torch.dtype) -> list[Check]:
         return [Check("outputs", False, detail=detail)]
     checks = []
     for name, reference in expected.items():
-        own = max(runs.granted, *(relative_l2(run.outputs[name], reference) for run in runs.own))
+        own = max(runs.granted, *(_own_error(run.outputs[name], reference) for run in runs.own))
         if got[name].shape != reference.shape:
             shapes = f"{tuple(got[name].shape)} instead of {tuple(reference.shape)}"
             checks.append(Check(name, False, detail=f"shape {shapes}"))
@@ -166,6 +179,11 @@ def _output_checks(runs: _Runs, dtype: torch.dtype) -> list[Check]:
         way_out = _IN_FLOAT64 if no_yardstick else ""
         checks.append(Check.at_most(name, error, noise_bound(here, own), no_yardstick, way_out))
     return checks
+
+
+def _own_error(output: Tensor, reference: Tensor) -> float:
+    """The original's error; infinite where rounding decides on the output's length."""
+    return relative_l2(output, reference) if output.shape == reference.shape else float("inf")
 
 
 def _rounded_in(dtype: torch.dtype, output: Tensor) -> torch.dtype:

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from normconv.errors import NormconvError, Problem, Refused
 from normconv.layers import copy_model
 from normconv.numerics import evaluating
+from normconv.proof.random_draws import DrawnAsBefore
 from normconv.proof.widening import computing_in
 
 __all__ = ["cast_inputs", "evaluate", "flat_outputs", "map_floats", "run_in"]
@@ -107,14 +108,17 @@ def run_in(model: nn.Module, dtype: torch.dtype, run: Callable[[nn.Module], Valu
     """
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # for the tensors that a forward makes
+    floats = (p.dtype for p in model.parameters() if p.is_floating_point())
+    draws = DrawnAsBefore(dtype, own=next(floats, default), default=default)
     try:
         try:
-            with computing_in(model, dtype):
+            with computing_in(model, dtype), draws:
                 return run(model)
         except (
             Exception
         ):  # torch's dtype mismatches have no class of their own, nor have the user's
-            return run(_cast_copy(model, dtype))
+            with draws:
+                return run(_cast_copy(model, dtype))
     except NormconvError:
         raise
     except Exception as reason:

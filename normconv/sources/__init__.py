@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from normconv.sources.data import Transform as Transform
 from normconv.sources.data import open_data as open_data
+from normconv.sources.folded import load_folded as load_folded
 from normconv.sources.inputs import Inputs as Inputs
 from normconv.sources.inputs import example_inputs as example_inputs
 from normconv.sources.loading import Loaded as Loaded

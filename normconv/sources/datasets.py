@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normconv.errors import LoadError, MissingDependency, Problem, UsageError
+from normconv.errors import LoadError, MissingDependency, NormconvError, Problem, UsageError
 from normconv.sources.labelled_images import IMAGES, ClassImage, class_images, image_decoder
 from normconv.sources.specs import is_spec, named_object
 
@@ -107,10 +107,12 @@ def open_labelled(
     if test_share is not None and not 0 < test_share < 1:
         raise UsageError(Problem("test_share", f"{test_share} is no share between 0 and 1"))
     kind, where = _kind_of(str(spec))
-    if kind == "digits":
-        return _digits().limited(limit)
-    if kind == "factory":
-        return _made(where).limited(limit)
+    if download and kind not in _FETCHED:
+        what = f"{kind} is none of {', '.join(_FETCHED)}"
+        raise UsageError(Problem("--download", what, "say e.g. --data cifar10:data"))
+    if kind in ("digits", "factory"):
+        _refuse_share(str(spec), test_share)
+        return (_digits() if kind == "digits" else _made(where)).limited(limit)
     folder = Path(where).expanduser()
     if download:
         _download(kind, folder)
@@ -120,6 +122,7 @@ def open_labelled(
     if kind in ("mnist", "fashion-mnist"):
         return _idx(kind, folder, test_share).limited(limit)
     if kind == "cifar10" and (folder / "cifar-10-batches-py").is_dir():
+        _refuse_share(str(folder), test_share)
         return _cifar10_batches(folder).limited(limit)
     return _images(kind, folder, limit, test_share)
 
@@ -160,17 +163,45 @@ def _digits() -> Labelled:
 
 
 def _made(spec: str) -> Labelled:
-    made = named_object(spec)()
-    what = "returns no (train inputs, train labels, test inputs, test labels)"
+    factory = named_object(spec)
+    try:
+        made = factory()
+    except NormconvError:
+        raise
+    except Exception as reason:  # it is the user's
+        what = f"it raises {type(reason).__name__} ({reason})"
+        raise LoadError(Problem(spec, what, "a function without arguments is needed")) from None
+    four = "(train inputs, train labels, test inputs, test labels)"
     if not isinstance(made, (tuple, list)) or len(made) != 4:
-        raise LoadError(Problem(spec, what))
-    tensors = [torch.as_tensor(value) for value in made]
-    for inputs, labels in (tensors[:2], tensors[2:]):
-        if len(inputs) != len(labels) or not len(labels) or labels.dim() != 1:
-            shapes = f"inputs {tuple(inputs.shape)} and labels {tuple(labels.shape)}"
-            raise LoadError(Problem(spec, f"{shapes} do not belong together"))
+        raise LoadError(Problem(spec, f"it returns no {four}"))
+    try:
+        tensors = [torch.as_tensor(value) for value in made]
+    except (TypeError, ValueError, RuntimeError) as reason:
+        raise LoadError(Problem(spec, f"of its {four} some is no tensor ({reason})")) from None
+    if wrong := _unfit(tensors):
+        raise LoadError(Problem(spec, wrong))
+    tensors = [each.float() if each.dtype == torch.float64 else each for each in tensors]
     train, test = (Samples(x, y.long()) for x, y in (tensors[:2], tensors[2:]))
     return Labelled(train, test, int(torch.cat((train.labels, test.labels)).max()) + 1, spec)
+
+
+def _unfit(tensors: list[Tensor]) -> str:
+    """Say what is wrong with inputs and labels to train and to test on; empty where nothing is."""
+    for inputs, labels in (tensors[:2], tensors[2:]):
+        shapes = f"inputs {tuple(inputs.shape)} and labels {tuple(labels.shape)}"
+        if not inputs.dim() or labels.dim() != 1 or len(inputs) != len(labels) or not len(labels):
+            return f"{shapes} do not belong together"
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            return f"its labels are {labels.dtype}, not whole numbers from 0"
+        if int(labels.min()) < 0:
+            return f"its labels go down to {int(labels.min())}, not to 0"
+        if not bool(torch.isfinite(inputs).all()):
+            return "its inputs hold NaN or infinity"
+    train, test = tensors[0], tensors[2]
+    if train.shape[1:] != test.shape[1:] or train.dtype != test.dtype:
+        kinds = [f"{tuple(each.shape[1:])} {each.dtype}" for each in (train, test)]
+        return f"a sample to train on is {kinds[0]}, one to test on {kinds[1]}"
+    return ""
 
 
 _FETCHED = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}
@@ -185,9 +216,6 @@ def _torchvision(name: str) -> Any:
 
 
 def _download(kind: str, folder: Path) -> None:
-    if kind not in _FETCHED:
-        what = f"{kind} is none of {', '.join(_FETCHED)}"
-        raise UsageError(Problem("--download", what, "say e.g. --data cifar10:data"))
     try:
         _torchvision(_FETCHED[kind])(str(folder), download=True)
     except (OSError, RuntimeError) as reason:
@@ -270,6 +298,8 @@ def _images(kind: str, path: Path, limit: int | None, test_share: float | None) 
         only = next(iter(parts.values()))
         train, test = _cut(len(only), _share(path, test_share))
         parts = {"train": [only[i] for i in train], "test": [only[i] for i in test]}
+    else:
+        _refuse_share(str(path), test_share)
     numbers = {name: i for i, name in enumerate(sorted({entry.label for entry in entries}))}
     samples = {}
     with image_decoder() as read:
@@ -293,9 +323,16 @@ def _labelled(
         train, test = _split(only, _share(path, test_share))
         origin = f"{kind} in {path.name}, its {name} file split in two"
     else:
+        _refuse_share(str(path), test_share)
         train, test, origin = parts["train"], parts["t10k"], f"{kind} in {path.name}"
     classes = int(torch.cat((train.labels, test.labels)).max()) + 1
     return Labelled(train, test, classes, origin)
+
+
+def _refuse_share(where: str, test_share: float | None) -> None:
+    if test_share is not None:
+        what = "it has a part of its own to test on"
+        raise UsageError(Problem("--test-share", f"{where}: {what}", "leave it out"))
 
 
 def _share(path: Path, test_share: float | None) -> float:
@@ -312,6 +349,9 @@ def _split(samples: Samples, test_share: float) -> tuple[Samples, Samples]:
 
 def _cut(count: int, test_share: float) -> tuple[Tensor, Tensor]:
     """Positions to train and to test on, mixed with a fixed seed."""
+    if count < 2:
+        what = f"{count} sample cannot be cut into one part to train and one to test on"
+        raise LoadError(Problem("data", what, "give more"))
     order = _some(count, None)
     kept = min(max(1, round(count * test_share)), count - 1)
     return order[: count - kept], order[count - kept :]

@@ -27,12 +27,14 @@ class ClassImage(NamedTuple):
     archive: Path | None
     name: str
     label: str
+    part: str
 
-    @property
-    def part(self) -> str:
-        """``test`` where a folder above the class says so, else ``train``."""
-        above = Path(self.name).parts[:-2]
-        return "test" if any(name.lower() in _TEST for name in above) else "train"
+    @classmethod
+    def of(cls, archive: Path | None, inside: str, name: str) -> ClassImage:
+        """``test`` where a folder above the class, inside the data, says so, else ``train``."""
+        above = Path(inside).parts[:-2]
+        part = "test" if any(each.lower() in _TEST for each in above) else "train"
+        return cls(archive, name, Path(inside).parent.name, part)
 
 
 def class_images(path: Path) -> list[ClassImage]:
@@ -42,19 +44,25 @@ def class_images(path: Path) -> list[ClassImage]:
         LoadError: a zip is damaged.
     """
     archives = [path] if path.is_file() else sorted(path.glob("*.zip"))
-    found = []
+    found: list[tuple[Path | None, str, str]] = []
     for archive in archives:
         try:
             with zipfile.ZipFile(archive) as opened:
                 names = sorted(opened.namelist())
         except zipfile.BadZipFile as reason:
             raise LoadError(Problem(str(archive), f"it is no zip ({reason})")) from None
-        found += [ClassImage(archive, name, Path(name).parent.name) for name in names]
+        found += [(archive, name, name) for name in names]
     if path.is_dir():
         names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*"))
-        found += [ClassImage(None, str(path / name), Path(name).parent.name) for name in names]
-    known = [entry for entry in found if Path(entry.name).suffix.lower() in IMAGES]
-    return [entry for entry in known if entry.label]
+        found += [(None, name, str(path / name)) for name in names]
+    entries = [ClassImage.of(*each) for each in found if _is_image(Path(each[1]))]
+    return [entry for entry in entries if entry.label]
+
+
+def _is_image(inside: Path) -> bool:
+    """Say so of names inside the data; macOS puts notes on files beside them, under like names."""
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in inside.parts)
+    return inside.suffix.lower() in IMAGES and not hidden
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from normconv.sources.recognise import FileKind, recognise
 from normconv.sources.safe_load import safe_load
 from normconv.sources.saving import HISTORY, SHARED
 from normconv.sources.specs import build, is_spec
+from normconv.sources.tensor_file import json_of, read_safetensors
 from normconv.sources.trust import Trust
 
 __all__ = ["Loaded", "ModelLike", "load", "open_source"]
@@ -94,7 +94,7 @@ def open_source(
     if trust:
         facts["trusted"] = list(trust)
     if kind is FileKind.SAFETENSORS:
-        document, metadata = _read_safetensors(path)
+        document, metadata = read_safetensors(path)
     else:
         document, metadata = safe_load(path, kind, vouched, mmap=model is not None), {}
     if model is None:
@@ -180,7 +180,7 @@ def _with_weights(
     where = str(path)
     made = build(model, model_args, keep_weights=False)
     target, notes = made.model, []
-    if history := _json(metadata, HISTORY, where, list):
+    if history := json_of(metadata, HISTORY, where, list):
         target = rebuild(target, history)
         facts["rebuilt"] = len(history)
         notes.append(f"rebuilt the converted structure from {len(history)} recorded steps")
@@ -188,7 +188,7 @@ def _with_weights(
         document = document.state_dict()
         notes.append("took the weights of the whole model in the file")
     found, choice = choose(document, target, key, where)
-    shared = _json(metadata, SHARED, where, dict) or dict(metadata)
+    shared = json_of(metadata, SHARED, where, dict) or dict(metadata)
     marks = load_strictly(target, found.tensors, where, shared)
     facts |= {"model": made.origin, "class": _class_name(target)}
     if found.key:
@@ -201,30 +201,6 @@ def _with_weights(
     if cast := _other_dtype(found.tensors, target):
         notes.append(cast)
     return Loaded(target, facts, tuple(notes))
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt", device="cpu") as file:
-            metadata = dict(file.metadata() or {})
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        what = f"is no safetensors file, or damaged ({error})"
-        raise LoadError(Problem(str(path), what, "copy or download it again")) from None
-
-
-def _json(metadata: Mapping[str, str], name: str, where: str, kind: type) -> Any:
-    if name not in metadata:
-        return kind()
-    try:
-        value = json.loads(metadata[name])
-    except ValueError:
-        value = None
-    if not isinstance(value, kind):
-        raise LoadError(Problem(where, f"its metadata {name} is damaged", "save it again"))
-    return value
 
 
 def _other_dtype(tensors: Mapping[str, Any], model: nn.Module) -> str:

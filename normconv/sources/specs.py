@@ -11,9 +11,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
-import json
 import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,38 +148,9 @@ def _unknown_name(library: str, name: str, names: list[str]) -> UsageError:
 
 def _from_folder(folder: Path, args: dict[str, Any], keep_weights: bool) -> Built:
     """Make a transformers model from a local folder, with its weights where they are wanted."""
-    where = f"transformers:{folder}"
-    if not (folder / "config.json").is_file():
-        what = "is no folder with a config.json (models are not downloaded here)"
-        raise UsageError(Problem(where, what, "pass a folder that save_pretrained wrote"))
-    import transformers
+    from normconv.sources.hf_folder import open_folder
 
-    try:
-        architectures = json.loads((folder / "config.json").read_text("utf-8"))["architectures"]
-        kind = getattr(transformers, architectures[0])
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        what = (
-            f"its config.json names no architecture that is known ({type(error).__name__}: {error})"
-        )
-        raise LoadError(Problem(where, what)) from None
-    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if weights and keep_weights:
-                model, info = kind.from_pretrained(
-                    folder, local_files_only=True, output_loading_info=True, **args
-                )
-            else:
-                config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-                model, info = kind(config, **args), {}
-    except Exception as error:  # transformers raises every kind
-        what = f"does not load ({type(error).__name__}: {str(error).splitlines()[0]})"
-        raise LoadError(Problem(where, what)) from None
-    if missing := sorted(info.get("missing_keys") or ()):
-        what = f"its weights lack {len(missing)} names: {', '.join(missing[:5])}"
-        raise LoadError(Problem(where, what))
-    return Built(model, bool(weights) and keep_weights, where)
+    return Built(*open_folder(folder, args, keep_weights), f"transformers:{folder}")
 
 
 def _from_factory(spec: str, args: dict[str, Any]) -> nn.Module:

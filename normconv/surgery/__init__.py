@@ -10,5 +10,7 @@ from normconv.surgery.lazy import lazy_modules as lazy_modules
 from normconv.surgery.lazy import lazy_note as lazy_note
 from normconv.surgery.lazy import materialise_ as materialise_
 from normconv.surgery.lazy import materialised as materialised
+from normconv.surgery.originals import original_norm as original_norm
+from normconv.surgery.originals import originals as originals
 from normconv.surgery.planner import checked_inputs as checked_inputs
 from normconv.surgery.planner import make_plan as make_plan

@@ -19,6 +19,7 @@ from normconv.report import Report
 from normconv.surgery.identity import fingerprint
 from normconv.surgery.layer_steps import rows_of
 from normconv.surgery.lazy import lazy_problems
+from normconv.surgery.originals import originals
 from normconv.surgery.ready import check_tensors
 from normconv.surgery.wrappers import refuse_wrapped
 from normconv.targets import make_target
@@ -127,6 +128,7 @@ def check_plan(model: nn.Module, plan: Plan, *, in_place: bool = False) -> None:
 
 
 def _carried_out(model: nn.Module, plan: Plan) -> Result:
+    was = originals(model, plan)
     if any(_needs_a_slot(step) for step in plan.converted):
         holder = nn.Sequential(model)  # a model that is itself a norm: something must hold its slot
         notes = _carry_out(holder, [replace(step, site="0") for step in plan.converted])
@@ -134,7 +136,7 @@ def _carried_out(model: nn.Module, plan: Plan) -> Result:
     else:
         notes = _carry_out(model, plan.converted)
     settle_(model)
-    record(model, {"apply": plan.to_dict()})
+    record(model, {"apply": plan.to_dict(), **({"was": was} if was else {})})
     return Result(model, plan.report("apply").extended(notes=notes))
 
 

@@ -151,7 +151,7 @@ class _Planner:
                 return  # the rule is about norms
             if isinstance(layer, nn.Embedding) and not (target.embeddings or _names_it(rule)):
                 self._why[name] = "an embedding: only with embeddings=True or a glob that names it"
-            elif found := obstacle_to("wn", layer, scale=target.scale):
+            elif found := obstacle_to("wn", layer, scale=target.scale, c=target.c):
                 self._why[name] = found[0]
                 self.problems.append(Problem(name, found[0], f"{found[1]}, or exclude it"))
             else:

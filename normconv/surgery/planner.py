@@ -106,6 +106,7 @@ def make_plan(
     of_all = layers == "all" or (
         layers is None and takes_layers and normless and not history_of(model)
     )
+    of_normed = layers is None and takes_layers and not of_all
     candidates = layer_names(model, at) if of_all or globs else ()
     if normless and not candidates:
         raise PlanError(_nothing_to_do(model, at))
@@ -134,6 +135,7 @@ def make_plan(
             *_notes(found),
             *found_notes,
             *((_NORMLESS,) if normless and of_all else ()),
+            *(_left_plain(model, at, steps) if of_normed else ()),
             *rest.notes,
             *(f"kept: {problem}" for problem in problems),
             *_coupling(model, found, steps),
@@ -145,6 +147,18 @@ _NORMLESS = (
     "there are no norms with running statistics: all layers with a weight are reparametrised "
     "(layers='all')"
 )
+
+
+def _left_plain(model: nn.Module, at: str, steps: Sequence[Step]) -> tuple[str, ...]:
+    """Say which layers the default leaves out."""
+    folded = {layer for step in steps for layer in (*step.producers, *step.consumers)}
+    left = [name for name in layer_names(model, at) if name not in folded]
+    if not left:
+        return ()
+    more = f" and {len(left) - _LISTED} more" if len(left) > _LISTED else ""
+    listed = ", ".join(name or "the model itself" for name in left[:_LISTED]) + more
+    what = f"layers='normed', the default where there are norms: none is folded into {listed}, "
+    return (what + "which stay as they are; layers='all' takes them too",)
 
 
 def _refuse_empty_norms(model: nn.Module) -> None:

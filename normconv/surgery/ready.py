@@ -86,8 +86,8 @@ def _written(model: nn.Module, step: Step) -> Iterator[_Place]:
 def _wrap_problems(model: nn.Module, plan: Plan, step: Step, names: Names) -> Iterator[Problem]:
     """What keeps a layer without a norm from being reparametrised."""
     layer = model.get_submodule(step.site)
-    scale = str(step.options.get("scale", "linear"))
-    if found := obstacle_to("wn", layer, scale=scale):
+    scale, c = str(step.options.get("scale", "linear")), step.options.get("c", 1.0)
+    if found := obstacle_to("wn", layer, scale=scale, c=c):
         yield Problem(step.site, *found)
     elif problem := ties_problem(model, plan, step, names):
         yield problem

@@ -88,6 +88,9 @@ class GroupNorm:
         if not statistics:
             why = f"{chosen.reason}; {site.refusal}: γ and β are copied, nothing else is known"
             return Decision("fresh", why, options=options, fidelity="fresh")
+        if site.untrained and not site.producers:
+            why = f"{chosen.reason}; initial statistics: there is nothing to put before it"
+            return Decision("fresh", why, options=options, fidelity="fresh")
         where = f"μ and σ into {' + '.join(site.producers)}"
         if not site.producers:
             where = f"μ and σ into an affine map ({site.obstacle or 'nothing can absorb them'})"

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
 from normconv.calibration import Share, join_processes
-from normconv.errors import Problem, UsageError
+from normconv.errors import NormconvError, Problem, UsageError
 from normconv.files import write_json
+from normconv.graph.running import first_line
 from normconv.report import versions
 from normconv.sources.datasets import Labelled, Samples, open_labelled
 from normconv.training.comparison import Comparison
@@ -25,6 +29,8 @@ from normconv.training.step_times import step_times
 __all__ = ["Progress", "compare"]
 
 Progress = Callable[[str, int, int], None]
+
+_TOO_FEW = "more than 1 "  # value or spatial element per channel: what torch's norms say of a batch
 
 
 def compare(
@@ -58,7 +64,8 @@ def compare(
         progress: called after each step with the run, and the steps done and in all.
 
     Raises:
-        UsageError: an unknown name, or a folder with runs of other settings.
+        UsageError: an unknown name, a normalization or data that the network does not take, or a folder
+            with runs of other settings; before anything is trained.
 
     >>> found = compare("digits", normalizations=["plain", "wn"], timing=0,
     ...     budget=Budget(epochs=1, limit=64, width=0.25, batch_sizes=(32,)))
@@ -68,13 +75,14 @@ def compare(
     recipe = recipe if isinstance(recipe, Recipe) else recipe_of(recipe)
     budget = budget or recipe.small
     recipe = replace(recipe, task=recipe.task.limited(budget.limit))
-    names = tuple(normalizations or recipe.normalizations)
+    names = recipe.normalizations if normalizations is None else normalizations
     check_normalizations(names)
+    names = tuple(names)
     share = share or join_processes()
     opened = _opened(recipe, data, budget)
     study = Study(recipe, _on(share.device, opened), budget.epochs, budget.width, share.device, amp)
     _check_batch_sizes(study, budget)
-    settings = _settings(recipe, budget, opened, amp)
+    settings = _settings(study, budget, _checked_network(study, budget.seeds[0]))
     store = _Store(None if folder is None else Path(folder), settings)
     runs = [
         Run(name, batch_size, seed)
@@ -82,6 +90,7 @@ def compare(
         for batch_size in budget.batch_sizes
         for name in names
     ]
+    _check_made(study, [run for run in runs if store.rows(run) is None])
     _train_missing(study, runs[share.rank :: share.processes], store, progress)
     found = {run: store.rows(run) for run in runs}
     missing = tuple(str(run) for run, rows in found.items() if rows is None)
@@ -119,7 +128,9 @@ def _train_missing(
         checkpoint = store.path(run, ".pt")
         try:
             rows = train(study, run, after_step, checkpoint=checkpoint, settings=store.settings)
-        except ValueError as reason:  # a norm that cannot do with so small a batch says so
+        except ValueError as reason:
+            if _TOO_FEW not in str(reason):
+                raise
             way_out = "leave this normalization or batch size out; what is finished stays"
             raise UsageError(Problem(str(run), str(reason), way_out)) from None
         store.keep(run, rows)
@@ -143,17 +154,59 @@ def _on(device: torch.device, data: Labelled | None) -> Labelled | None:
     return Labelled(train, test, data.classes, data.origin)
 
 
-def _settings(recipe: Recipe, budget: Budget, data: Labelled | None, amp: bool) -> dict[str, Any]:
+def _settings(study: Study, budget: Budget, network: nn.Module) -> dict[str, Any]:
     """What every run of one folder has in common."""
+    recipe, data = study.recipe, study.data
+    optimizer = recipe.optimizer(network.parameters())
+    shapes = [(name, tuple(tensor.shape)) for name, tensor in network.state_dict().items()]
     return {
         "recipe": recipe.name,
         **recipe.options,
         "epochs": budget.epochs,
         "limit": budget.limit,
         "width": budget.width,
-        "amp": amp,
+        "amp": study.amp,
+        "clip": recipe.clip,
+        "optimizer": " + ".join(dict.fromkeys(_words(optimizer))),
+        "network sha256": hashlib.sha256(repr(shapes).encode()).hexdigest(),
         "data sha256": None if data is None else data.digest(),
     }
+
+
+def _words(optimizer: Optimizer) -> Iterator[str]:
+    """Each group of an optimizer in words; options that are off are not named."""
+    for group in optimizer.param_groups:
+        options = {name: value for name, value in group.items() if name != "params"}
+        words = [f"{k}={v}" for k, v in sorted(options.items()) if v is not None and v is not False]
+        yield f"{type(optimizer).__name__}({', '.join(words)})"
+
+
+def _checked_network(study: Study, seed: int) -> nn.Module:
+    """Make the recipe's network, and try it on samples of the data.
+
+    Raises:
+        UsageError: it cannot be made for such data, or does not take it.
+    """
+    shape = study.recipe.sample_shape(study.data)
+    try:
+        with study.random_state(), torch.no_grad():
+            network = study.network(seed).to(study.device).eval()
+            study.recipe.task.check(network, study.data)
+    except NormconvError:
+        raise
+    except Exception as reason:  # the network is the user's, or the data is too small for it
+        what = f"it does not take inputs of shape {shape}: {first_line(reason)}"
+        way_out = "give data or a network of another shape"
+        raise UsageError(Problem(study.recipe.name, what, way_out)) from None
+    return network
+
+
+def _check_made(study: Study, runs: Sequence[Run]) -> None:
+    """Make one network of each normalization: what one cannot do is told before any is trained."""
+    firsts = {run.normalization: run for run in reversed(runs)}
+    with study.random_state():
+        for run in firsts.values():
+            study.begin(run)
 
 
 def _facts(data: Labelled | None, share: Share) -> dict[str, Any]:
@@ -193,8 +246,12 @@ class _Store:
             return self.kept.get(run)
         try:
             document = json.loads(path.read_text("utf-8"))
-            settings, rows = document["settings"], document["rows"]
-        except (ValueError, KeyError, TypeError) as reason:
+            settings, rows = dict(document["settings"]), [dict(row) for row in document["rows"]]
+            if any(Run(r["normalization"], r["batch_size"], r["seed"]) != run for r in rows):
+                raise ValueError("rows of another run")
+            if not rows:
+                raise ValueError("no rows")
+        except (OSError, ValueError, KeyError, TypeError) as reason:
             what = f"it holds no finished run ({reason})"
             raise UsageError(Problem(str(path), what, "remove it")) from None
         differing = [name for name in self.settings if self.settings[name] != settings.get(name)]
@@ -202,8 +259,7 @@ class _Store:
             was = ", ".join(f"{name}={settings.get(name)!r}" for name in differing)
             way_out = "take another folder, or remove it"
             raise UsageError(Problem(str(path), f"it is a run with {was}", way_out))
-        found: list[Row] = rows
-        return found
+        return rows
 
     def keep(self, run: Run, rows: list[Row]) -> None:
         """Write a finished run, and take its checkpoint away."""

@@ -5,6 +5,13 @@ steps shorter. The length carries no meaning: v may be multiplied by α > 0 at a
 remembers of the gradient, which is 1/α of what it was then, has to follow. α is a power of two here:
 that changes exponents alone, and weight and gradients stay what they are bit for bit.
 
+SGD with momentum needs more than that. Its buffer m is not orthogonal to v, since v has moved: after long
+steps v is little else than −lr · m. Multiplied by 1/α such an m makes the next v longer by 1/α² than this
+one, without end. No gradient has that component, and it moves no weight; the rows that are shortened lose
+it. What is left of m is orthogonal to v, and a step v' = v − lr · m keeps ‖v‖ · ‖m‖ of it (as of angular
+momentum): with ‖v‖ held, ‖m‖ is. Optimizers that divide by a second moment take steps of bounded length,
+and keep theirs.
+
 Source: Salimans & Kingma 2016, section 2.1.
 """
 
@@ -21,7 +28,15 @@ from torch.utils.hooks import RemovableHandle
 
 from normconv.errors import Problem, UsageError
 from normconv.layers import WeightNormed
-from normconv.numerics import RowLayout, row_norms, scale_rows_, wide_dtype, wide_row_norms
+from normconv.numerics import (
+    RowLayout,
+    row_norms,
+    scale_rows,
+    scale_rows_,
+    wide_dtype,
+    wide_row_norms,
+)
+from normconv.numerics.rows import row_axes
 
 __all__ = [
     "bound_directions_",
@@ -114,16 +129,18 @@ def keep_directions_bounded(
         A handle whose `remove()` ends it.
 
     Raises:
-        UsageError: as `bound_directions_`; before any step where that can be told.
+        UsageError: as `bound_directions_`, before any step where that can be told; the model has no
+            weight norm, or the optimizer holds none of its v.
 
     >>> from normconv.layers import weight_norm_
     >>> net = nn.Sequential(weight_norm_(nn.Linear(2, 1)))
-    >>> optimizer = torch.optim.SGD(net.parameters(), lr=100.0, momentum=0.9)
+    >>> optimizer = torch.optim.SGD(net.parameters(), lr=1.0, momentum=0.9)
     >>> handle = keep_directions_bounded(net, optimizer, max_norm=1.0)
     >>> net(torch.ones(1, 2)).sum().backward(); optimizer.step()
     >>> bool(direction_norms(net)["0.weight"] <= 1.0)
     True
     """
+    _check_holds(optimizer, model)
     bound_directions_(model, max_norm, optimizer=optimizer, powers=powers)
 
     def after_step(stepped: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]) -> None:
@@ -143,7 +160,8 @@ def bound_directions_(
     """Shorten rows of v that are longer than a bound, in place: v ← α v, α the largest 2⁻ᵏ that does it.
 
     The weights stay bit for bit. Gradients and what the optimizer remembers follow: first moments by
-    1/α, second ones by 1/α².
+    1/α, second ones by 1/α². A first moment without a second one, the momentum of SGD, also loses its
+    component along v in these rows: scaled with the rest it would make v longer without end.
 
     Args:
         model: with weight-normed layers.
@@ -155,32 +173,76 @@ def bound_directions_(
         How many rows were shortened.
 
     Raises:
-        UsageError: the bound is no positive number, or nobody said how a tensor of the optimizer goes;
-            nothing is changed.
+        UsageError: the bound is no positive number, some v holds NaN or infinity, or nobody said how a
+            tensor of the optimizer goes; nothing is changed.
 
     >>> from normconv.layers import weight_norm_
     >>> layer = nn.Linear(1, 1); _ = nn.init.constant_(layer.weight, 5.0)
     >>> bound_directions_(weight_norm_(layer), 3.0), layer.weight_v.item(), layer.weight.item()
     (1, 2.5, 5.0)
     """
-    if isinstance(max_norm, bool) or not 0 < max_norm < math.inf:
-        raise UsageError(Problem("max_norm", f"{max_norm!r} is no positive number"))
+    _check_arguments(model, max_norm, optimizer)
     known = {} if optimizer is None else _powers_of(optimizer, powers)
     plan = []
     for name, (v, layout) in _directions(model).items():
         norms = row_norms(v.detach().to(wide_dtype(v.dtype)), layout).double()
+        if not bool(norms.isfinite().all()):
+            way_out = "lower the learning rate, or raise max_norm"
+            raise UsageError(Problem(name, "its v holds NaN or infinity", way_out))
         long = norms > max_norm
         if bool(long.any()):
             halvings = torch.where(long, (norms / max_norm).log2().ceil(), torch.zeros_like(norms))
             follow = [] if optimizer is None else list(_following(name, v, optimizer, known))
             plan.append((v, layout, torch.exp2(-halvings), follow, int(long.sum())))
+    alone = sum(power < 0 for power in known.values()) == 1  # no second moment beside the first
     for v, layout, factor, follow, _ in plan:
         scale_rows_(v, factor, layout)
         for tensor, power in follow:
+            if power == -1 and alone:
+                _remove_component_(tensor, v, factor < 1, layout)
             scale_rows_(tensor, factor**power, layout)
         if v.grad is not None:
             scale_rows_(v.grad, 1 / factor, layout)
     return sum(rows for *_, rows in plan)
+
+
+def _remove_component_(m: Tensor, v: Tensor, rows: Tensor, layout: RowLayout) -> None:
+    """Do m ← m − (m · v / ‖v‖²) v to some rows, in place; computed in float64."""
+    wide, along = m.double(), v.double()
+    units = scale_rows(along, 1 / row_norms(along, layout).clamp_min(1e-300), layout)
+    axes = row_axes(layout.split(m) if layout.transposed else m, layout)
+    products = wide * units
+    dots = (layout.split(products) if layout.transposed else products).sum(axes).flatten()
+    taken = torch.where(rows, dots, torch.zeros_like(dots))
+    m.copy_(wide - scale_rows(units, taken, layout))
+
+
+def _check_arguments(model: object, max_norm: Any, optimizer: object) -> None:
+    problems = []
+    if not isinstance(model, nn.Module):
+        problems.append(Problem("model", f"a {type(model).__name__} is no module"))
+    number = isinstance(max_norm, (int, float)) and not isinstance(max_norm, bool)
+    if not number or not 0 < max_norm < math.inf:
+        problems.append(Problem("max_norm", f"{max_norm!r} is no positive number"))
+    if not isinstance(optimizer, Optimizer | None):
+        what = f"a {type(optimizer).__name__} is no torch.optim.Optimizer"
+        problems.append(Problem("optimizer", what))
+    if problems:
+        raise UsageError(problems)
+
+
+def _check_holds(optimizer: Optimizer, model: nn.Module) -> None:
+    """Refuse a pair of which one has nothing to do with the other."""
+    _check_arguments(model, 1.0, optimizer)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    found = _directions(model)
+    if not found:
+        what, way_out = "it has no weight-normed layers", "nc.wrap or nc.convert makes some"
+        raise UsageError(Problem(type(model).__name__, what, way_out))
+    if not any(id(v) in held for v, _ in found.values()):
+        what = "it holds no v of the model"
+        way_out = "make it of model.parameters() after the layers are weight-normed"
+        raise UsageError(Problem("optimizer", what, way_out))
 
 
 def _directions(model: nn.Module) -> dict[str, tuple[nn.Parameter, RowLayout]]:

@@ -13,7 +13,8 @@ from normconv.errors import Problem, UsageError
 from normconv.folding import fold
 from normconv.graph import norm_names
 from normconv.graph.rewrite import empty_slot_
-from normconv.layers import Reparametrised, kind_of, wrap_
+from normconv.graph.standardizable import why_not_standardized
+from normconv.layers import Reparametrised, kind_of, weight_standardize_, wrap_
 from normconv.plan import Rule
 from normconv.surgery import apply_plan, make_plan
 
@@ -39,6 +40,9 @@ def check_normalizations(names: Sequence[str]) -> None:
     Raises:
         UsageError: lists all that are unknown, doubled, or take no data-dependent initial weights.
     """
+    if isinstance(names, str):
+        what = f"{names!r} is a text, no list of names"
+        raise UsageError(Problem("normalizations", what, f"[{names!r}]"))
     problems = []
     for name in names:
         kind = name.removesuffix(DATA_INIT)
@@ -88,6 +92,8 @@ def normalized(network: nn.Module, name: str, samples: Tensor) -> nn.Module:
         return copy.deepcopy(network)
     if kind in _TARGETS:
         made = _converted(network, kind, samples)
+        if kind == "gn+ws":
+            _standardize_all_(made)
     else:
         made = copy.deepcopy(network)
         for norm in norms:
@@ -105,6 +111,13 @@ def weight_norm_all_(network: nn.Module) -> None:
         known = kind_of(layer) not in ("none", "embedding")
         if known and not isinstance(layer, Reparametrised):
             wrap_(layer)
+
+
+def _standardize_all_(network: nn.Module) -> None:
+    """Standardize, in place, also the layers that no norm follows directly: with a ReLU between, say."""
+    for layer in list(network.modules()):
+        if kind_of(layer) not in ("none", "embedding") and not why_not_standardized([layer]):
+            weight_standardize_(layer)
 
 
 def _converted(network: nn.Module, kind: str, samples: Tensor) -> nn.Module:

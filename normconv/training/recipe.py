@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from normconv.errors import Problem, UsageError
 from normconv.sources.datasets import Labelled
 from normconv.training.tasks import Classification, Task
 
@@ -36,6 +38,32 @@ class Budget:
     batch_sizes: tuple[int, ...]
     seeds: tuple[int, ...] = (0,)
 
+    def __post_init__(self) -> None:
+        """Refuse what nothing could be trained with.
+
+        Raises:
+            UsageError: lists all values that say nothing.
+        """
+        problems = []
+        for name in ("epochs", "limit"):
+            if not _whole(given := getattr(self, name), 1) and (name, given) != ("limit", None):
+                problems.append(Problem(name, f"{given!r} is no whole number from 1"))
+        width: Any = self.width
+        if not isinstance(width, (int, float)) or not 0 < width < math.inf:
+            problems.append(Problem("width", f"{width!r} is no positive number"))
+        for name, least in (("batch_sizes", 1), ("seeds", 0)):
+            given = getattr(self, name)
+            whole = isinstance(given, (tuple, list)) and all(_whole(each, least) for each in given)
+            if not whole or not given or len(set(given)) < len(given):
+                what = f"{given!r} are no different whole numbers from {least}"
+                problems.append(Problem(name, what, f"{name}=({least},) is a single one"))
+        if problems:
+            raise UsageError(problems)
+
+
+def _whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
 
 def scaled_to_one(data: Labelled) -> Labelled:
     """Make float32 from 0 to 1 of bytes; floats stay as they are."""
@@ -60,7 +88,7 @@ class Recipe:
         optimizer: from parameters; an iterable that is used once.
         small: the default, minutes on two cores.
         full: the published set-up.
-        normalizations: those compared by default, the first is what the others are measured by.
+        normalizations: those compared by default.
         data: what it is trained on, see `open_labelled`; empty where nothing is loaded.
         prepare: from raw data to inputs.
         whole: `prepare` looks at all of the training data: the limit is applied after it.

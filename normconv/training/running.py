@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normconv.errors import Problem, UsageError
 from normconv.files import atomic_path
+from normconv.graph.running import first_line
 from normconv.sources.datasets import Labelled
 from normconv.training.normalizations import normalized
 from normconv.training.recipe import Recipe
@@ -70,9 +72,7 @@ class Study:
     def begin(self, run: Run) -> Trainee:
         """Make a network with its initial weights: of one seed the same under each normalization."""
         recipe, shape = self.recipe, self.recipe.sample_shape(self.data)
-        torch.manual_seed(run.seed)
-        classes = 0 if self.data is None else self.data.classes
-        network = recipe.network(self.width, shape, classes)
+        network = self.network(run.seed)
         samples = torch.zeros(2, *shape)
         if self.data is not None:
             count = len(self.data.train.labels)
@@ -81,6 +81,12 @@ class Study:
             samples = self.data.train.inputs[chosen].cpu()
         network = normalized(network, run.normalization, samples).to(self.device)
         return Trainee(self, run, network)
+
+    def network(self, seed: int) -> nn.Module:
+        """Make the recipe's network with its initial weights, under no other normalization yet."""
+        torch.manual_seed(seed)
+        classes = 0 if self.data is None else self.data.classes
+        return self.recipe.network(self.width, self.recipe.sample_shape(self.data), classes)
 
     def random_state(self) -> AbstractContextManager[None]:
         """Keep the caller's random numbers as they were."""
@@ -185,11 +191,15 @@ class Trainee:
             document = torch.load(path, map_location=self.study.device, weights_only=True)
         except Exception:  # torch raises every kind
             return
-        if document["settings"] != settings:
+        if not isinstance(document, dict) or document.get("settings") != settings:
             return
-        self.network.load_state_dict(document["network"])
-        self.optimizer.load_state_dict(document["optimizer"])
-        self.memory, self.rows = document["memory"], document["rows"]
+        try:
+            self.network.load_state_dict(document["network"])
+            self.optimizer.load_state_dict(document["optimizer"])
+            self.memory, self.rows = document["memory"], document["rows"]
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as reason:
+            what = f"it is no checkpoint of this run ({first_line(reason)})"
+            raise UsageError(Problem(str(path), what, "remove it")) from None
 
 
 def train(

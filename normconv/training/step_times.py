@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
-import time
+import functools
 from collections.abc import Iterator, Sequence
 from itertools import count, islice
 from typing import Any
 
 import torch
 
+from normconv.numerics import quartiles, ratios_by_turn, take_turns
 from normconv.training.running import Run, Study, Trainee
 
 __all__ = ["step_times"]
@@ -38,26 +38,24 @@ def step_times(
     names = list(dict.fromkeys(("plain", *normalizations)))
     with study.random_state():
         walks = [_walk(study.begin(Run(name, batch_size, 0))) for name in names]
-        for walk in walks:
-            _turn(walk, study.device)  # memory is taken and kernels are chosen
-        turns: list[list[float]] = []
-        end = time.perf_counter() + seconds
-        while len(turns) < _TURNS or time.perf_counter() < end:
-            turns.append([_turn(walk, study.device) for walk in walks])
+        works = [functools.partial(_turn, walk, study.device) for walk in walks]
+        for work in works:
+            work()  # memory is taken and kernels are chosen
+        times = take_turns(works, seconds=seconds, least=_TURNS)
     found = []
     for index, name in enumerate(names):
         if name in normalizations:
-            times = _quartiles([turn[index] * 1e3 for turn in turns])
-            ratios = _quartiles([turn[index] / turn[0] for turn in turns])
+            low, step, high = _rounded([1e3 * turn / _STEPS for (turn,) in times[index]])
+            least, ratio, most = _rounded(ratios_by_turn(times[index], times[0]))
             found.append(
                 {
                     "normalization": name,
                     "batch_size": batch_size,
-                    "step_ms": times[1],
-                    "step_ms_quartiles": [times[0], times[2]],
-                    "ratio_to_plain": ratios[1],
-                    "ratio_quartiles": [ratios[0], ratios[2]],
-                    "turns": len(turns),
+                    "step_ms": step,
+                    "step_ms_quartiles": [low, high],
+                    "ratio_to_plain": ratio,
+                    "ratio_quartiles": [least, most],
+                    "turns": len(times[index]),
                 }
             )
     return found
@@ -69,20 +67,13 @@ def _walk(trainee: Trainee) -> Iterator[Any]:
         yield from trainee.learn(number)
 
 
-def _turn(walk: Iterator[Any], device: torch.device) -> float:
-    """Take some steps; return the seconds of one."""
-    _wait_for(device)
-    started = time.perf_counter()
+def _turn(walk: Iterator[Any], device: torch.device) -> None:
+    """Take some steps, and wait until the device has done them."""
     for _ in islice(walk, _STEPS):
         pass
-    _wait_for(device)
-    return (time.perf_counter() - started) / _STEPS
-
-
-def _wait_for(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
-def _quartiles(values: Sequence[float]) -> list[float]:
-    return [round(value, 4) for value in statistics.quantiles(values, n=4, method="inclusive")]
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [round(value, 4) for value in quartiles(values)]

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normconv.errors import Problem, UsageError
 from normconv.sources.datasets import Labelled, Samples
 
 __all__ = ["Bound", "Classification", "Epoch", "Memory", "Scores", "Supervised", "Task"]
@@ -59,6 +60,14 @@ class Task(ABC):
     def steps(self, data: Labelled | None, batch_size: int) -> int:
         """Return the number of steps an epoch, to show progress and to set the learning rate."""
 
+    def check(self, network: nn.Module, data: Labelled | None) -> None:  # noqa: B027, most have data
+        """Say whether a fresh network, in eval mode, takes the data; nothing here.
+
+        Raises:
+            UsageError: what it puts out is not what the loss needs. Whatever else the network raises on
+                its inputs is told by who calls this.
+        """
+
     @abstractmethod
     def losses(
         self, network: nn.Module, data: Labelled | None, epoch: Epoch, memory: Memory
@@ -72,6 +81,11 @@ class Task(ABC):
 
 class Supervised(Task):
     """A task whose loss is a mean over samples that do not depend on the network."""
+
+    def check(self, network: nn.Module, data: Labelled | None) -> None:
+        """Compute the scores of two training samples."""
+        assert data is not None
+        self.scores(network, data.train.part(slice(0, 2)))
 
     @abstractmethod
     def scores(self, network: nn.Module, samples: Samples) -> Scores:
@@ -108,6 +122,18 @@ class Classification(Supervised):
 
     headline = "accuracy"
     higher_is_better = True
+
+    def check(self, network: nn.Module, data: Labelled | None) -> None:
+        """Refuse a network that does not tell the classes apart."""
+        assert data is not None
+        some = data.train.part(slice(0, 2))
+        logits: Any = network(some.inputs)
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < data.classes:
+            tensor = isinstance(logits, Tensor)
+            got = tuple(logits.shape) if tensor else f"a {type(logits).__name__}"
+            what = f"it puts out {got} for {len(some.labels)} inputs of {data.classes} classes"
+            way_out = f"logits of shape ({len(some.labels)}, {data.classes}) are needed"
+            raise UsageError(Problem(type(network).__name__, what, way_out))
 
     def scores(self, network: nn.Module, samples: Samples) -> Scores:
         """Return the cross-entropy in nats and the accuracy."""

@@ -654,3 +654,27 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
         assert torch.equal(first[name], second[name])
         assert relative_l2(first[name], value) <= 1e-6, name
     assert relative_l2(alone[7].weight_g, wanted.model[7].weight_g) > 1e-3
+
+
+def test_a_large_bias_costs_a_sweep_more() -> None:
+    """g · t beside b of 1e5 has few digits in float32; the second sweep finds t without b."""
+    torch.manual_seed(0)
+    layer = nc.wrap(nn.Linear(4, 3))
+    nn.init.constant_(layer.bias, 1e5)
+    x = torch.randn(99, 4)
+    model, report = initialise(layer, [x])
+    assert report.passed
+    assert report.facts["sweeps"] > 1
+    assert worst(model, [x]) < 1e-5
+    nn.init.constant_(layer.bias, 0.0)
+    assert initialise(layer, [x]).report.facts["sweeps"] == 1
+
+
+def test_a_model_of_recurrent_layers_has_no_such_start() -> None:
+    with pytest.raises(UsageError, match="recurrent, attention and embedding layers have no data"):
+        initialise(nn.Sequential(nc.wrap(nn.LSTM(3, 4))), [torch.randn(5, 2, 3)])
+
+
+def test_a_seed_that_no_generator_takes_is_refused() -> None:
+    with pytest.raises(UsageError, match="no whole number of 64 bits"):
+        initialise(nc.wrap(nn.Linear(2, 2)), [torch.randn(9, 2)], v_std=0.05, seed=2**70)

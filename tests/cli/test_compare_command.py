@@ -81,6 +81,14 @@ def test_a_network_and_data_of_ones_own() -> None:
         assert losses[-1] < 0.8 * losses[0], (name, losses)
 
 
+def test_names_are_no_markup() -> None:
+    words = ["--epochs", "1", "--limit", "32", "--batch-sizes", "16", "--timing", "0"]
+    shown = compare(
+        "digits", *words, "--normalizations", "plain", "--seeds", "1", "-o", ":x:[b]y[/]"
+    )
+    assert f"csv: {Path(':x:[b]y[/]') / 'curves.csv'}" in shown
+
+
 def test_list_shows_every_recipe() -> None:
     shown = compare("--list")
     assert all(name in shown for name in RECIPES)
@@ -98,6 +106,13 @@ def test_list_shows_every_recipe() -> None:
         (["digits", "--width", "nan"], "no positive number"),
         (["digits", "--normalizations", "bn,brn"], "'brn' is unknown"),
         (["--model", "own_net:make"], "nothing says what it is trained on"),
+        (["--model", "own_net:make", "--data", "digits", "--lr", "nan"], "no positive number"),
+        (["digits", "--model", "own_net:make", "--data", "digits"], "RECIPE: --model takes"),
+        (["digits", "--lr", "0.1"], "--lr: it goes with --model"),
+        (["--model-arg", "units=4"], "--model-arg: it goes with --model"),
+        (["digits", "--data-dir", "."], "digits has no such folder"),
+        (["digits", "--test-share", "0.2"], "digits: it has a part of its own to test on"),
+        (["digits", "--download"], "digits is none of mnist"),
         (["digits", "--batch-sizes", "4096"], "fewer than 4096 training samples"),
     ],
 )

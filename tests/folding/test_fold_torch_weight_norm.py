@@ -149,18 +149,6 @@ def test_a_folded_model_still_trains_and_loads_its_own_state(api: str) -> None:
 
 
 @both
-def test_only_the_weight_norm_is_folded_of_a_stack(api: str) -> None:
-    """Other parametrizations are left and named."""
-    layer = parametrizations.spectral_norm(nn.Linear(3, 3))
-    net = nn.Sequential(layer, APIS[api](nn.Linear(3, 2)))
-    model, report = fold(net)
-    assert parametrize.is_parametrized(model[0])
-    assert report.facts["left"] == 1
-    assert any("parametrization of weight" in note for note in report.notes)
-    assert type(model[1]) is nn.Linear
-
-
-@both
 def test_another_tensor_name_is_folded_under_its_name(api: str) -> None:
     layer = nn.GRUCell(3, 4)
     layer = APIS[api](layer, name="weight_hh")

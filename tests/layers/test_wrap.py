@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import normconv as nc
-from normconv.errors import UsageError
+from normconv.errors import PlanError, UsageError
 from normconv.layers import LogWeightNormed, WeightNormed, absorb_affine_, row_layouts
 from normconv.numerics import DIALECTS, Affine, relative_l2
 from tests.zoo import legacy_weight_norm
@@ -390,6 +390,8 @@ def test_a_wrapped_layer_starts_standard_on_its_inputs() -> None:
 
 
 def test_a_start_that_there_is_not_leaves_the_layer_alone() -> None:
+    with pytest.raises(UsageError, match=r"init: Embedding has no data-dependent start"):
+        nc.wrap(nn.Embedding(3, 4), init=torch.tensor([0, 1]))
     cases = [
         (nn.LSTM(3, 4), {"init": torch.randn(5, 2, 3)}),
         (nn.Linear(3, 4), {"init": torch.randn(5, 2)}),
@@ -402,3 +404,27 @@ def test_a_start_that_there_is_not_leaves_the_layer_alone() -> None:
             nc.wrap(layer, **keywords)
         assert type(layer) is kind
         assert all(torch.equal(layer.state_dict()[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "c"), [(torch.float16, 1e-5), (torch.float16, 1e30), (torch.float32, 1e-300)]
+)
+def test_a_logarithm_beyond_the_dtype_is_told_before_any_edit(dtype: torch.dtype, c: float) -> None:
+    layer = nn.Linear(6, 3).to(dtype)
+    before = layer.weight.detach().clone()
+    with pytest.raises(UsageError, match=r"log\|g\| / c of its weight is beyond torch.float"):
+        nc.wrap(layer, scale="exp", c=c)
+    assert type(layer) is nn.Linear
+    assert torch.equal(layer.weight, before)
+    model, options = nn.Sequential(layer), {"scale": "exp", "c": c}
+    with pytest.raises(PlanError, match=r"beyond torch\.float"):
+        nc.convert(model, "wn", example_inputs=(torch.zeros(1, 6, dtype=dtype),), options=options)
+
+
+def test_which_layers_the_default_takes_is_in_the_report() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    x = torch.randn(8, 4)
+    (note,) = [n for n in nc.convert(net, "wn", example_inputs=(x,)).report.notes if "normed" in n]
+    assert "none is folded into 3, which stay as they are; layers='all' takes them" in note
+    told = nc.convert(net, "wn", example_inputs=(x,), layers="normed").report
+    assert not [n for n in told.notes if "normed" in n]

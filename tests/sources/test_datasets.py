@@ -201,6 +201,60 @@ def test_a_factory_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         open_labelled("own_data:other")
 
 
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ("1 / 0", r"raises ZeroDivisionError \(division by zero\)"),
+        ("(x, y, x[:, :1], y)", r"to train on is \(2,\) torch.float32, one to test on \(1,\)"),
+        ("(x, y - 1, x, y)", "labels go down to -1"),
+        ("(x, y + 0.5, x, y)", "labels are torch.float32, not whole numbers"),
+        ("(x, y, x / 0, y)", "inputs hold NaN or infinity"),
+        ("(['a'], [0], x, y)", "some is no tensor"),
+        ("(x, y, x[:0], y[:0])", "do not belong together"),
+        ("(torch.tensor(1.), y, x, y)", "do not belong together"),
+    ],
+)
+def test_factories_of_unsound_data(
+    made: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ["import torch", "def make():", "    x, y = torch.ones(4, 2), torch.arange(4) % 2"]
+    name = f"unsound_{abs(hash(made))}"
+    (tmp_path / f"{name}.py").write_text("\n".join([*lines, f"    return {made}"]) + "\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LoadError, match=message):
+        open_labelled(f"{name}:make")
+
+
+def test_what_lies_above_the_data_says_nothing_of_its_parts(tmp_path: Path) -> None:
+    root = tmp_path / "test" / "pictures"
+    for part, count in (("train", 3), ("val", 2)):
+        for number in range(count):
+            path = root / part / "cat" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(picture(number, "L", (4, 4)))
+    data = open_labelled(root)
+    assert (len(data.train.labels), len(data.test.labels)) == (3, 2)
+    with pytest.raises(UsageError, match="has a part of its own to test on; leave it out"):
+        open_labelled(root, test_share=0.5)
+
+
+def test_notes_beside_files_are_no_images(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "made.zip", "w") as archive:
+        for number in range(4):
+            archive.writestr(f"cat/{number}.png", picture(number, "L", (4, 4)))
+            archive.writestr(f"__MACOSX/cat/._{number}.png", b"\0\5\26\7")
+            archive.writestr(f".thumbs/{number}.png", b"none")
+    data = open_labelled(tmp_path / "made.zip", test_share=0.5)
+    assert (len(data.train.labels), len(data.test.labels), data.classes) == (2, 2, 1)
+
+
+def test_a_single_image_has_no_part_to_test_on(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "0.png").write_bytes(picture(0, "L", (4, 4)))
+    with pytest.raises(LoadError, match="1 sample cannot be cut into one part to train"):
+        open_labelled(tmp_path, test_share=0.5)
+
+
 def test_digits_are_the_same_each_time() -> None:
     data = open_labelled("digits", limit=50)
     assert data.digest() == open_labelled("digits", limit=50).digest()

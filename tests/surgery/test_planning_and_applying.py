@@ -50,7 +50,9 @@ def test_a_recipe_mixes_targets() -> None:
     assert isinstance(result.model.shortcut[1], nn.BatchNorm2d)
     assert result.report.facts["actions"] == {"frozen": 1, "fold": 2, "keep": 1}
     assert Plan.from_dict(result.report.plan) == plan
-    assert history_of(result.model) == [{"apply": plan.to_dict()}]
+    (entry,) = history_of(result.model)
+    assert entry["apply"] == plan.to_dict()
+    assert list(entry["was"]["norms"]) == [step.site for step in plan.converted]
     assert history_of(model) == []
 
 

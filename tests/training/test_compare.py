@@ -145,6 +145,7 @@ def test_initial_weights_from_data() -> None:
         (["plain", "brn"], "'brn' is unknown; known are plain, bn"),
         (["gn+init"], "gn has no data-dependent initial weights"),
         (["wn", "wn"], "name each once"),
+        ("wn", "is a text, no list of names"),
         ([], "none"),
     ],
 )
@@ -363,7 +364,140 @@ def test_a_network_that_does_not_fit_the_classes_is_told() -> None:
         return network
 
     with pytest.raises(UsageError, match="trained already"):
-        compare(recipe_of_model(trained, ""), data=blobs(), timing=0)
+        recipe_of_model(trained, "")
+
+
+def test_a_network_of_ones_own_without_norms() -> None:
+    """By default under what needs none; and what one cannot do is told before any is trained."""
+    recipe = recipe_of_model(lambda: nn.Linear(6, 3), "")
+    assert recipe.normalizations == ("plain", "wn", "wn+init")
+    budget, steps = Budget(1, None, 1.0, (16,)), []
+    with pytest.raises(UsageError, match="no BatchNorm in whose place gn could stand"):
+        compare(
+            recipe,
+            normalizations=["plain", "gn"],
+            budget=budget,
+            data=blobs(),
+            timing=0,
+            progress=lambda *told: steps.append(told),
+        )
+    assert not steps
+
+
+def seeded() -> nn.Module:
+    torch.manual_seed(0)
+    return net(1, (6,), 3)
+
+
+def broken() -> nn.Module:
+    raise RuntimeError("no such size")
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (seeded, "two seeds give the same initial numbers"),
+        (broken, r"cannot be made \(RuntimeError: no such size\)"),
+        (lambda: 3, "makes a int, no torch.nn.Module"),
+        (lambda: nn.LazyLinear(3), "lazy"),
+    ],
+)
+def test_factories_that_make_no_fresh_network_are_told(factory: Any, message: str) -> None:
+    before = torch.get_rng_state()
+    with pytest.raises(UsageError, match=message):
+        recipe_of_model(factory, "digits")
+    if factory is not seeded:
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("lr", [0.0, -1.0, float("nan"), float("inf"), "1"])
+def test_a_learning_rate_is_a_positive_number(lr: Any) -> None:
+    with pytest.raises(UsageError, match="no positive number"):
+        recipe_of_model(lambda: nn.Linear(6, 3), "", lr=lr)
+
+
+def test_samples_that_are_numbers_of_tokens_are_tried_as_they_are() -> None:
+    tokens = Samples(torch.arange(24).reshape(8, 3) % 5, torch.arange(8) % 2)
+    recipe = recipe_of_model(
+        lambda: nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(12, 2)), ""
+    )
+    found = compare(
+        recipe,
+        normalizations=["plain", "wn"],
+        budget=Budget(1, None, 1.0, (4,)),
+        data=Labelled(tokens, tokens, 2, "tokens"),
+        timing=0,
+    )
+    assert len(found.rows) == 2
+
+
+def test_images_that_are_too_small_for_a_recipe_are_told() -> None:
+    budget = Budget(1, 64, 0.25, (16,))
+    with pytest.raises(
+        UsageError, match=r"tfa-tutorial: it does not take inputs of shape \(1, 8, 8\)"
+    ):
+        compare("tfa-tutorial", data="digits", budget=budget, timing=0)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"optimizer": lambda parameters: torch.optim.Adam(parameters, lr=1e-3)},
+        {"clip": 1.0},
+        {"network": lambda width, shape, classes: nn.Linear(shape[0], classes)},
+    ],
+)
+def test_runs_of_a_changed_recipe_are_not_taken_for_its_own(
+    changed: dict[str, Any], tmp_path: Path
+) -> None:
+    compare(RECIPE, normalizations=["plain"], data=blobs(), folder=tmp_path, timing=0)
+    other = replace(RECIPE, **changed)
+    with pytest.raises(UsageError, match=r"it is a run with (optimizer|clip|network)"):
+        compare(other, normalizations=["plain"], data=blobs(), folder=tmp_path, timing=0)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", '{"settings": 1, "rows": []}', '{"settings": {}, "rows": [{}]}', "\xff"]
+)
+def test_a_file_that_is_no_run_is_told(content: str, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "plain-batch8-seed0.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(UsageError, match=r"it holds no finished run .*; remove it"):
+        compare(RECIPE, normalizations=["plain"], data=blobs(), folder=tmp_path, timing=0)
+
+
+def test_a_checkpoint_of_something_else_is_told(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        compare(RECIPE, data=blobs(), folder=tmp_path, progress=killed_at(12), timing=0)
+    (checkpoint,) = (tmp_path / "runs").glob("*.pt")
+    document = torch.load(checkpoint, weights_only=True)
+    torch.save({**document, "network": {}}, checkpoint)
+    with pytest.raises(UsageError, match=r"it is no checkpoint of this run .*; remove it"):
+        compare(RECIPE, data=blobs(), folder=tmp_path, timing=0)
+
+
+def test_a_failure_of_the_task_is_no_word_on_batch_sizes() -> None:
+    class Failing(Classification):
+        def scores(self, network: nn.Module, samples: Samples) -> Scores:
+            if network.training:
+                raise ValueError("of the user's own")
+            return super().scores(network, samples)
+
+    with pytest.raises(ValueError, match="of the user's own"):
+        compare(replace(RECIPE, task=Failing()), data=blobs(), timing=0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"epochs": 0}, {"epochs": 1.5}, {"limit": 0}, {"width": float("nan")}, {"width": "1"},
+        {"batch_sizes": (0,)}, {"batch_sizes": 8}, {"seeds": ()}, {"seeds": (0, 0)},
+        {"seeds": (-1,)},
+    ],
+)  # fmt: skip
+def test_budgets_that_say_nothing_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        replace(TINY, **wrong)
 
 
 def test_what_is_evaluated_is_the_mean_over_all_samples() -> None:

@@ -1,0 +1,297 @@
+"""An optimizer goes on with the model that a conversion made of the one it was built for."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from normconv.errors import Problem, UsageError
+from normconv.layers import Reparametrised, row_layouts
+from normconv.numerics import RowLayout, scale_rows
+from normconv.plan import history_of
+from normconv.report import Report
+from normconv.surgery import Result
+
+__all__ = ["Rebound", "rebind", "rebind_"]
+
+
+class Rebound(NamedTuple):
+    """What `rebind` returns.
+
+    Args:
+        optimizer: over the new model's parameters.
+        report: which parameters kept their state, and which start anew.
+    """
+
+    optimizer: Optimizer
+    report: Report
+
+
+def rebind(
+    optimizer: Optimizer,
+    result: Result | nn.Module,
+    original: nn.Module | None = None,
+    *,
+    state: Literal["fresh", "map"] = "fresh",
+) -> Rebound:
+    """Return a copy of an optimizer over the parameters of a converted model.
+
+    See `rebind_`; the optimizer itself stays that of the original. A schedule goes on with the one that
+    it was made for: give such an optimizer to `rebind_`.
+
+    >>> import normconv as nc
+    >>> net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
+    >>> sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    >>> result = nc.convert(net.eval(), "wn", example_inputs=(torch.randn(4, 3),))
+    >>> new, report = rebind(sgd, result, net)
+    >>> report.facts["fresh"], report.facts["gone"]
+    (['0.weight_g', '0.weight_v', '0.bias'], ['0.weight', '1.weight', '1.bias'])
+    """
+    twin = type(optimizer).__new__(type(optimizer))
+    groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
+    kept = {
+        parameter: {
+            name: value.clone() if isinstance(value, Tensor) else value
+            for name, value in values.items()
+        }
+        for parameter, values in optimizer.state.items()
+    }
+    held = {**optimizer.__getstate__(), "param_groups": groups}
+    twin.__setstate__({**held, "state": defaultdict(dict, kept)})
+    report = rebind_(twin, result, original, state=state)
+    return Rebound(twin, report)
+
+
+def rebind_(
+    optimizer: Optimizer,
+    result: Result | nn.Module,
+    original: nn.Module | None = None,
+    *,
+    state: Literal["fresh", "map"] = "fresh",
+) -> Report:
+    """Give an optimizer, in place, the parameters of the model that a conversion made.
+
+    A parameter of the same name and shape in a layer that the conversion left as it was keeps its state
+    bit for bit, and its place in its group. Any other starts with no state, in the group of the parameter
+    that it comes from: that of the same layer, or the norm's in whose slot it is. Groups stay as they
+    are in number and options, so that schedules go on.
+
+    With ``state="map"`` SGD's momentum m of a weight W goes to its successors. Where the new weight is
+    s · W row by row, that of W' = s · W is m / s, and g and v get the pullback of that. Adam and its
+    relatives start anew for those, both moments: the second moment of g is no function of that of W, and
+    the first is scaled by it.
+
+    Args:
+        optimizer: built for `original`; changed.
+        result: the converted model, or the `Result` that holds it.
+        original: the model that the optimizer was built for, as it was when it was converted; None where
+            the conversion was in place: parameters are then known by identity.
+        state: ``fresh`` or ``map``.
+
+    Returns:
+        A report whose facts list the parameters that were ``kept``, are ``fresh`` or ``mapped``, the
+        names that are ``gone``, and the parameters ``left out``: trained, and from what the optimizer
+        did not train.
+
+    Raises:
+        UsageError: the optimizer has parameters that the original has not; it is as it was.
+    """
+    if state not in ("fresh", "map"):
+        raise UsageError(Problem("state", f"it is 'fresh' or 'map', not {state!r}"))
+    model = result.model if isinstance(result, Result) else result
+    if original is None:
+        return _Rebinding(optimizer, model, None, state).carry_out()
+    names = {id(p) for p in original.parameters()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    if strangers := sum(id(p) not in names for p in held):
+        what = (
+            f"{strangers} of its {len(held)} parameters are none of the {type(original).__name__}"
+        )
+        raise UsageError(Problem(type(optimizer).__name__, what, "pass the model it was built for"))
+    return _Rebinding(optimizer, model, original, state).carry_out()
+
+
+class _Rebinding:
+    def __init__(
+        self, optimizer: Optimizer, model: nn.Module, original: nn.Module | None, state: str
+    ) -> None:
+        self._optimizer = optimizer
+        self._model = model
+        self._original = original
+        self._map = state == "map"
+        self._new = dict(model.named_parameters())
+        self._group_of = {
+            id(parameter): number
+            for number, group in enumerate(optimizer.param_groups)
+            for parameter in group["params"]
+        }
+        self._rewritten = _rewritten(model, original)
+        self._notes: list[str] = []
+
+    def carry_out(self) -> Report:
+        old = self._old_parameters()
+        groups: list[list[nn.Parameter]] = [[] for _ in self._optimizer.param_groups]
+        states: dict[Tensor, dict[str, Any]] = {}
+        facts: dict[str, list[str]] = {
+            name: [] for name in ("kept", "fresh", "mapped", "gone", "left out")
+        }
+        for name, parameter in self._new.items():
+            before = old.get(name)
+            if before is not None and self._same(name, before, parameter):
+                number = self._group_of.get(id(before))
+                if number is None:
+                    continue  # the optimizer never trained it
+                facts["kept"].append(name)
+                if before in self._optimizer.state:
+                    states[parameter] = self._optimizer.state[before]
+            else:
+                number = self._group_for(name, old) if parameter.requires_grad else None
+                if number is None:
+                    if parameter.requires_grad:
+                        facts["left out"].append(name)
+                    continue
+                carried = self._carried(name, old) if self._map else None
+                if carried is not None:
+                    states[parameter] = {"momentum_buffer": carried}
+                facts["fresh" if carried is None else "mapped"].append(name)
+            groups[number].append(parameter)
+        left = dict(self._model.named_parameters(remove_duplicate=False))
+        facts["gone"] = [n for n, p in old.items() if n not in left and id(p) in self._group_of]
+        self._note_restarts(facts["fresh"])
+        for group, parameters in zip(self._optimizer.param_groups, groups, strict=True):
+            group["params"] = parameters
+        self._optimizer.state = defaultdict(dict, states)
+        return Report(
+            "rebind", type(self._optimizer).__name__, facts=facts, notes=tuple(self._notes)
+        )
+
+    def _old_parameters(self) -> dict[str, nn.Parameter]:
+        if self._original is not None:
+            return dict(self._original.named_parameters(remove_duplicate=False))
+        # In place: v is the very parameter that the weight was.
+        names = {id(p): name for name, p in self._new.items()}
+        held = [p for group in self._optimizer.param_groups for p in group["params"]]
+        found: dict[str, nn.Parameter] = {}
+        for number, parameter in enumerate(held):
+            name = names.get(id(parameter), f"parameter {number}, no more in the model")
+            owner, _, last = name.rpartition(".")
+            layer: Any = self._model.get_submodule(owner) if id(parameter) in names else None
+            if isinstance(layer, Reparametrised):
+                weights = {layer.parts(weight)[1]: weight for weight in layer.weights}
+                last = weights.get(last, last)
+                name = f"{owner}.{last}".lstrip(".")
+            found[name] = parameter
+        return found
+
+    def _same(self, name: str, before: nn.Parameter, parameter: nn.Parameter) -> bool:
+        return before.shape == parameter.shape and name.rpartition(".")[0] not in self._rewritten
+
+    def _group_for(self, name: str, old: dict[str, nn.Parameter]) -> int | None:
+        """The group of what a new parameter comes from: itself, its layer, or the slot it stands in."""
+        owner, _, last = name.rpartition(".")
+        layer = self._model.get_submodule(owner)
+        if isinstance(layer, Reparametrised):
+            parts = {part: weight for weight in layer.weights for part in layer.parts(weight)}
+            last = parts.get(last, last)
+        last = {"scale": "weight", "shift": "bias"}.get(last, last)
+        while True:
+            exact = old.get(f"{owner}.{last}".lstrip("."))
+            if exact is not None:
+                return self._group_of.get(id(exact))
+            prefix = f"{owner}." if owner else ""
+            near = [
+                p for n, p in old.items() if n.startswith(prefix) and "." not in n[len(prefix) :]
+            ]
+            numbers = [self._group_of[id(p)] for p in near if id(p) in self._group_of]
+            if numbers:
+                return self._beside(name, old, numbers)
+            if near or not owner:
+                return None
+            owner = owner.rpartition(".")[0]
+
+    def _beside(self, name: str, old: dict[str, nn.Parameter], numbers: list[int]) -> int:
+        """A bias that a layer gets from a norm goes where the norm's bias was."""
+        owner, _, last = name.rpartition(".")
+        if last == "bias":
+            beta = old.get(f"{self._rewritten.get(owner, '')}.bias".lstrip("."))
+            if beta is not None and id(beta) in self._group_of:
+                return self._group_of[id(beta)]
+        return numbers[0]
+
+    def _carried(self, name: str, old: dict[str, nn.Parameter]) -> Tensor | None:
+        """The momentum of a weight's successor, where the optimizer is SGD."""
+        owner, _, last = name.rpartition(".")
+        layer = self._model.get_submodule(owner)
+        parts = {last: last}
+        if isinstance(layer, Reparametrised):
+            parts = {part: weight for weight in layer.weights for part in layer.parts(weight)}
+        weight = parts.get(last, "")
+        before = old.get(f"{owner}.{weight}".lstrip("."))
+        layout = row_layouts(layer).get(weight)
+        if before is None or layout is None or self._original is None:
+            return None
+        momentum = self._optimizer.state.get(before, {}).get("momentum_buffer")
+        if momentum is None or set(self._optimizer.state[before]) != {"momentum_buffer"}:
+            return None
+        if not isinstance(layer, Reparametrised):
+            value: Tensor = getattr(layer, weight)
+            return _by_rows(momentum, before, value, layout)
+        value, _ = layer.true_weight(weight)
+        rows = _by_rows(momentum, before, value, layout).double().unsqueeze(0)
+        gain, v = layer.gain_and_v(weight)
+        by_gain, by_v = layer.pullback(weight).both_(rows)
+        if last == layer.parts(weight)[0]:
+            return by_gain[0].reshape(gain.shape).to(gain.dtype)
+        return by_v[0].to(v.dtype)
+
+    def _note_restarts(self, fresh: list[str]) -> None:
+        if not self._map:
+            return
+        states = self._optimizer.state.values()
+        if any("exp_avg_sq" in values for values in states) and fresh:
+            self._notes.append(
+                f"the second moments of {len(fresh)} parameters restart, and with them the first: expect "
+                "some steps of another size, or warm the learning rate up"
+            )
+        elif self._original is None and fresh:
+            self._notes.append("momentum is carried only where original= is given")
+
+
+@torch.no_grad()
+def _by_rows(momentum: Tensor, before: Tensor, after: Tensor, layout: RowLayout) -> Tensor:
+    """Return m / s row by row, where the weight that was W is s · W; 0 where s is."""
+    wide, new = before.detach().double(), after.detach().double()
+    sums = [_row_sums(wide * other, layout) for other in (new, wide)]
+    scale = sums[0] / torch.where(sums[1] == 0, torch.ones_like(sums[1]), sums[1])
+    inverse = torch.where(scale == 0, torch.zeros_like(scale), 1 / scale)
+    return scale_rows(momentum.double(), inverse, layout).to(momentum.dtype)
+
+
+def _row_sums(values: Tensor, layout: RowLayout) -> Tensor:
+    if not layout.transposed:
+        return values.flatten(1).sum(1)
+    split = layout.split(values)
+    return split.sum([1, *range(3, split.dim())]).flatten()
+
+
+def _rewritten(model: nn.Module, original: nn.Module | None) -> dict[str, str]:
+    """The layers that took a norm since the original, each with the norm's name."""
+    before = [] if original is None else history_of(original)
+    since = history_of(model)[len(before) :]
+    back = len(history_of(model)) < len(
+        before
+    )  # in its original class again: all that was done is undone
+    found: dict[str, str] = {}
+    for entry in before if back else since:
+        for step in entry.get("apply", {}).get("steps", ()):
+            if step["action"] in ("fold", "forward", "standardize"):
+                layers = [*step.get("producers", ()), *step.get("consumers", ())]
+                found |= dict.fromkeys(layers, step["site"])
+        for absorbed in entry.get("fold", {}).get("absorbed", ()):
+            layers = [*absorbed.get("producers", ()), *absorbed.get("consumers", ())]
+            found |= dict.fromkeys(layers, absorbed["names"][0])
+    return found
