@@ -7,9 +7,9 @@ A step is forward, backward with the gradient of every sample, and clearing them
 the same convolutions and GroupNorms: plain, weight-normed, weight-standardized, and plain of a class that
 Opacus has no sampler for and takes through `torch.func`. `ghost` is the step that wants norms alone. Each
 round runs all of them, in an order that moves on from round to round; a ratio is the median over the
-rounds of the time over that of plain layers in the same round. Time is the processor's, so that other work
-on the machine does not count; it is that of all threads, hence one thread. The page beside the JSON file is written
-from it.
+rounds of the time over that of plain layers in the same round. Time is the processor's, so that other
+work on the machine does not count; it is that of all threads, hence one thread. The page beside the JSON
+file is written from it.
 """
 
 from __future__ import annotations
@@ -164,7 +164,8 @@ def page(document: dict[str, Any]) -> str:
         rows.append("| " + " | ".join(map(str, cells)) + " |")
     text = [
         "Forward, backward with per-sample gradients (`hooks`) or their norms alone (`ghost`), under",
-        "Opacus, in processor time. Ratios to the network of plain layers, medians of interleaved rounds; weight norm",
+        "Opacus, in processor time. Ratios to the network of plain layers, medians of interleaved",
+        "rounds; weight norm",
         f"and weight standardization may take {BOUND} times as long. `torch.func` is a plain layer",
         "of a class that Opacus has no sampler for.",
     ]

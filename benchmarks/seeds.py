@@ -78,7 +78,7 @@ def table(name: str) -> list[str]:
     summary = document["summary"]
     columns = {
         "test_accuracy": "right, test",
-        "return": "return",
+        "test_return": "return",
         "train_loss": "loss, training",
         "test_loss": "loss, test",
     }
@@ -95,6 +95,8 @@ def table(name: str) -> list[str]:
     how = f"`{document['command']}`, {document['seconds'] / 60:.1f} minutes"
     if data := document["facts"].get("data"):
         how += f"; {data}"
+    if note := document.get("note"):
+        how += f"; {note}"
     return [how + ".", "", *rows]
 
 

@@ -7,6 +7,8 @@ import re
 import sys
 from collections.abc import Iterator
 
+import ml_dtypes
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 from onnxscript import optimizer
@@ -28,9 +30,11 @@ def clean(model: ir.Model) -> None:
     """Fold weight arithmetic, drop what is not used, and clear metadata, in place.
 
     Weights of any size are folded, unlike in the exporter's own run, which stops at 8192 elements.
-    Nothing else is: a mask or a table that is cheap to compute would bloat the file.
+    Nothing else is: a mask or a table that is cheap to compute would bloat the file. Zeros padded before a
+    maximum stay zeros in ONNX Runtime.
     """
     _fold_weights(model)
+    _keep_zeros_before_maxima(model)
     RemoveUnusedNodesPass()(model)
     _clear(model)
 
@@ -46,6 +50,41 @@ def _fold_weights(model: ir.Model) -> None:
             output_size_limit=sys.maxsize,
             should_fold=cone.__contains__,
         )
+
+
+def _keep_zeros_before_maxima(model: ir.Model) -> None:
+    """Pad with the smallest normal number instead of 0 where a MaxPool follows.
+
+    ONNX Runtime (1.31, its Pad_Fusion) moves a Pad of zeros into the MaxPool after it, which pads with −∞:
+    another result wherever all of a border window is negative, as in the stem of Big Transfer. Any other
+    value it leaves alone.
+    """
+    for node in list(_nodes(model.graph)):
+        if node.op_type != "Pad" or _mode(node) != "constant":
+            continue
+        data, value = node.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None
+        if data is None or data.dtype is None or not data.dtype.is_floating_point():
+            continue
+        followed = any(use.node.op_type == "MaxPool" for use in node.outputs[0].uses())
+        known = None if value is None else ir.convenience.get_const_tensor(value)
+        if not followed or (value is not None and (known is None or known.numpy().any())):
+            continue
+        tiny = ml_dtypes.finfo(data.dtype.numpy()).smallest_normal
+        name = f"{node.outputs[0].name}_padding"
+        tensor = ir.tensor(np.array(tiny, data.dtype.numpy()), name=name)
+        graph = node.graph
+        assert isinstance(graph, ir.Graph)
+        padding = ir.Value(
+            name=name, type=ir.TensorType(data.dtype), shape=ir.Shape(()), const_value=tensor
+        )
+        graph.register_initializer(padding)
+        node.resize_inputs(max(3, len(node.inputs)))
+        node.replace_input_with(2, padding)
+
+
+def _mode(node: ir.Node) -> str:
+    mode = node.attributes.get("mode")
+    return "constant" if mode is None else mode.as_string()
 
 
 def _clear(model: ir.Model) -> None:

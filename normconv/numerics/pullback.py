@@ -63,13 +63,14 @@ class Pullback(NamedTuple):
     def of_places(self, backprops: Tensor, activations: Tensor) -> tuple[Tensor, Tensor]:
         """Return ∂L/∂gain, (N, O), and ∂L/∂v, (N, O, n), of a Linear or convolution.
 
-        In each group G = Σ_t b_t a_tᵀ over the T places of a sample.
+        In each group G = Σ_t b_t a_tᵀ over the T places of a sample. The mean goes from a or from G,
+        whichever is smaller.
 
         Args:
             backprops: b, (N, groups, o, T) with O = groups · o.
             activations: a, (N, groups, n, T): at each place the inputs that the rows are multiplied with.
         """
-        if self.centered:
+        if self.centered and backprops.shape[3] < backprops.shape[2]:
             return self._on_centered().of_places(backprops, _center(activations))
         return self.both_((backprops @ activations.mT).flatten(1, 2))
 
@@ -83,13 +84,13 @@ class Pullback(NamedTuple):
         Source: Bu et al. 2022, "Scalable and Efficient Training of Large Convolutional Neural Networks
         with Differential Privacy", section 3, for ‖G‖.
         """
-        if self.centered:
-            return self._on_centered().squares(backprops, _center(activations))
         (groups, rows, places), n = backprops.shape[1:], activations.shape[2]
         if places * (rows + n) >= rows * n:
             along, across = self.of_places(backprops, activations)
             # Row by row: one float32 sum over a whole weight is off by 1e-4.
             return along.square().sum(-1), across.square().sum(-1).sum(-1)
+        if self.centered:
+            return self._on_centered().squares(backprops, _center(activations))
         unit, factor = self.unit.unflatten(0, (groups, -1)), self.v_factor.view(groups, -1)
         # One product for all samples.
         along_unit = unit @ activations.permute(1, 2, 0, 3).flatten(2)

@@ -401,3 +401,25 @@ def test_on_both_providers(tmp_path):
         Residual(), tmp_path / "x.onnx", example_inputs=(image(),), providers=["cpu", "cuda"]
     )
     assert report.facts["cuda run"]["nodes_by_provider"]["cuda"] > 0
+
+
+def pad_of_zeros_before_a_maximum() -> nn.Module:
+    conv = nn.Conv2d(3, 4, 3)
+    nn.init.constant_(conv.bias, -9.0)
+    return nn.Sequential(conv, nn.ConstantPad2d(1, 0.0), nn.MaxPool2d(3, 2)).eval()
+
+
+@pytest.mark.parametrize("mended", [True, False])
+def test_zeros_padded_before_a_maximum_stay_zeros(
+    mended: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, x = pad_of_zeros_before_a_maximum(), torch.randn(2, 3, 12, 12)
+    if not mended:  # ONNX Runtime's fault, and the check that sees it
+        monkeypatch.setattr("normconv.deploy.clean._keep_zeros_before_maxima", lambda model: None)
+        with pytest.raises(CheckFailed, match="output"):
+            export_onnx(net, tmp_path / "net.onnx", example_inputs=(x,))
+        return
+    assert export_onnx(net, tmp_path / "net.onnx", example_inputs=(x,)).passed
+    (pad,) = (n for n in onnx.load(tmp_path / "net.onnx").graph.node if n.op_type == "Pad")
+    assert len(pad.input) >= 3
+    assert pad.input[2]
