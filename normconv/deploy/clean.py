@@ -30,8 +30,8 @@ def clean(model: ir.Model) -> None:
     """Fold weight arithmetic, drop what is not used, and clear metadata, in place.
 
     Weights of any size are folded, unlike in the exporter's own run, which stops at 8192 elements.
-    Nothing else is: a mask or a table that is cheap to compute would bloat the file. Zeros padded before a
-    maximum stay zeros in ONNX Runtime.
+    Nothing else is: a mask or a table that is cheap to compute would bloat the file. Zeros padded
+    before a maximum stay zeros in ONNX Runtime.
     """
     _fold_weights(model)
     _keep_zeros_before_maxima(model)
@@ -55,9 +55,9 @@ def _fold_weights(model: ir.Model) -> None:
 def _keep_zeros_before_maxima(model: ir.Model) -> None:
     """Pad with the smallest normal number instead of 0 where a MaxPool follows.
 
-    ONNX Runtime (1.31, its Pad_Fusion) moves a Pad of zeros into the MaxPool after it, which pads with −∞:
-    another result wherever all of a border window is negative, as in the stem of Big Transfer. Any other
-    value it leaves alone.
+    ONNX Runtime (1.31, its Pad_Fusion) moves a Pad of zeros into the MaxPool after it, which pads with
+    −∞: another result wherever all of a border window is negative, as in the stem of Big Transfer. Any
+    other value it leaves alone.
     """
     for node in list(_nodes(model.graph)):
         if node.op_type != "Pad" or _mode(node) != "constant":
