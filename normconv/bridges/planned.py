@@ -124,8 +124,9 @@ class _Planned:
                 self.problems.append(Problem(name, what, "make a plan for this model"))
             elif not all_finite(tensor):
                 self.problems.append(Problem(name, "holds NaN or infinity"))
-        eps = self._request.eps_of(step.site)
-        if eps is None:
+        given = self._request.eps_of(step.site)
+        eps = step.eps if given is None else given
+        if eps is None:  # a plan of before plans said it
             what = f"neither plan nor checkpoint says the eps of the {step.norm}"
             way_out = "give it: --eps 1e-5 is torch's default, --eps 'GLOB=VALUE' for some"
             if not self.unsaid:

@@ -58,6 +58,7 @@ class Site:
         refusal: why it cannot be converted at all; empty where it can.
         shape: traced shape of its input.
         phase: the mode in which it is called.
+        eps: of the norm; None where it is refused for what it holds.
         untrained: its statistics are still initial.
         plain_filters: why weight standardization should leave the producers as they are.
     """
@@ -74,6 +75,7 @@ class Site:
     refusal: str = ""
     shape: tuple[int, ...] | None = None
     phase: Phase = "eval"
+    eps: float | None = None
     untrained: bool = False
     plain_filters: str = ""
 
@@ -263,7 +265,7 @@ class _Judge:
         state = norm_state(norm)
         if isinstance(state, str):
             return Site(**common, channels=getattr(norm, "num_features", 0), refusal=state)
-        common |= {"channels": state.channels, "untrained": state.untrained}
+        common |= {"channels": state.channels, "eps": state.eps, "untrained": state.untrained}
         if refusal := self._refusal(name, norm, shape):
             return Site(**common, refusal=refusal)
         found = self._absorbers.judge(norm, calls, state)

@@ -51,6 +51,7 @@ class Step:
         phase: the mode in which the norm is called, ``eval`` or ``train``; ``none`` if in neither.
         reason: why this action.
         options: the target's options.
+        eps: of the norm, which no checkpoint tells.
     """
 
     site: str
@@ -68,6 +69,7 @@ class Step:
     phase: Literal["eval", "train", "none"] = "eval"
     reason: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+    eps: float | None = None
 
     def row(self) -> SiteRow:
         """Return the step as a row of a report, with nothing measured yet."""
@@ -243,6 +245,7 @@ _SHAPES: dict[str, Any] = {
     **dict.fromkeys(("producers", "consumers", "spans", "aliases", "targets", "notes"), (str,)),
     "steps": (object,),
     "channels": int,
+    "eps": float,
     "shape": (int,),
     "options": dict,
     "phase": ("eval", "train", "none"),

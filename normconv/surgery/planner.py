@@ -294,6 +294,7 @@ def _plan_step(site: Site, target: str, action: Any, reason: str, **more: Any) -
         shape=site.shape,
         phase=site.phase,
         reason=reason,
+        eps=site.eps,
         **more,
     )
 

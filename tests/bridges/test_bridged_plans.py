@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -67,7 +68,7 @@ def test_a_checkpoint_with_norms_becomes_that_of_the_converted_model(options: An
     plan = plan_for(net, "wn", **options)
     actions = [step.action for step in plan.steps]
     assert {"forward", "fold", "affine", "wrap"} == set(actions)
-    made, report = convert_state_dict(net.state_dict(), "normconv-wn", plan=plan, eps=EPS)
+    made, report = convert_state_dict(net.state_dict(), "normconv-wn", plan=plan)
     assert equal(made, nc.apply_plan(net, plan).model.state_dict())
     shell = nc.apply_plan(factory(), plan).model
     shell.load_state_dict(made, strict=True)
@@ -80,7 +81,7 @@ def test_a_checkpoint_with_norms_becomes_that_of_the_converted_model(options: An
 def test_plain_output_is_that_of_the_plain_target() -> None:
     net = trained()
     plan = plan_for(net, "plain")
-    made, _ = convert_state_dict(net.state_dict(), plan=plan, eps=EPS)
+    made, _ = convert_state_dict(net.state_dict(), plan=plan)
     assert equal(made, nc.apply_plan(net, plan).model.state_dict())
     shell = nc.fold(nc.apply_plan(factory(), plan).model).model
     shell.load_state_dict(made, strict=True)
@@ -136,8 +137,11 @@ def test_a_layer_with_two_names_is_folded_under_both() -> None:
 def test_what_a_plan_needs_is_asked_for() -> None:
     net = trained()
     plan = plan_for(net, "wn")
+    old = replace(plan, steps=tuple(replace(step, eps=None) for step in plan.steps))
     with pytest.raises(nc.UsageError, match=r"says the eps of the BatchNorm2d.*--eps 1e-5"):
-        convert_state_dict(net.state_dict(), "normconv-wn", plan=plan)
+        convert_state_dict(net.state_dict(), "normconv-wn", plan=old)
+    said = convert_state_dict(net.state_dict(), "normconv-wn", plan=old, eps=EPS).state_dict
+    assert equal(said, convert_state_dict(net.state_dict(), "normconv-wn", plan=plan).state_dict)
     with pytest.raises(nc.UsageError, match="makes no weight norm"):
         convert_state_dict(net.state_dict(), "normconv-wn", plan=plan_for(net, "plain"), eps=EPS)
     gn = nc.make_plan(net, "gn", example_inputs=(X,))
