@@ -26,6 +26,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,8 @@ from torch import Tensor, nn
 
 import normconv as nc
 from benchmarks.machine import machine
+from benchmarks.markers import RESULTS, fill
+from normconv.files import write_json
 
 FRAMES = (5, 20, 50)
 FORMS = ("folded", "parametrization", "hook")
@@ -185,8 +188,8 @@ def measure(rounds: int) -> dict[str, Any]:
     return result
 
 
-def tables(document: dict[str, Any]) -> str:
-    """Return the tables for docs/results/fold.md."""
+def speed_table(document: dict[str, Any]) -> list[str]:
+    """Return what a form takes over the folded one."""
     lines = [
         "| network | frames | folded | parametrization | hook |",
         "|---|---|---|---|---|",
@@ -196,8 +199,12 @@ def tables(document: dict[str, Any]) -> str:
             ratios = (f"{row['ratio to folded'][form]:.2f}×" for form in FORMS[1:])
             folded = f"{row['milliseconds']['folded']:.1f} ms"
             lines.append(f"| {name} | {frames} | {folded} | {' | '.join(ratios)} |")
-    lines += [
-        "",
+    return lines
+
+
+def files_table(document: dict[str, Any]) -> list[str]:
+    """Return what exporters write."""
+    lines = [
         "| network | exporter | folded | with weight norm |",
         "|---|---|---|---|",
     ]
@@ -205,7 +212,7 @@ def tables(document: dict[str, Any]) -> str:
         for exporter, plain in case["onnx"]["folded"].items():
             normed = case["onnx"]["parametrization"][exporter]
             lines.append(f"| {name} | {exporter} | {_file(plain)} | {_file(normed)} |")
-    return "\n".join(lines)
+    return lines
 
 
 def _file(row: dict[str, Any]) -> str:
@@ -216,15 +223,20 @@ def _file(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure, print the tables, and write the document."""
+    """Measure, write the document and the tables of the page beside it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, default=RESULTS / "fold-speed.json")
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--tables", action="store_true", help="write the tables again, run nothing")
     options = parser.parse_args()
-    document = measure(options.rounds)
-    if options.out:
-        options.out.write_text(json.dumps(document, indent=1) + "\n")
-    print(tables(document))
+    if not options.tables:
+        write_json(options.out, measure(options.rounds))
+    document = json.loads(options.out.read_text())
+    tables = {
+        "speed of folded models": partial(speed_table, document),
+        "files of exporters": partial(files_table, document),
+    }
+    fill(options.out.with_name("fold.md"), tables)
 
 
 if __name__ == "__main__":
