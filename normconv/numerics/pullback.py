@@ -72,7 +72,15 @@ class Pullback(NamedTuple):
         """
         if self.centered and backprops.shape[3] < backprops.shape[2]:
             return self._on_centered().of_places(backprops, _center(activations))
-        return self.both_((backprops @ activations.mT).flatten(1, 2))
+        few = self._less_by_places(backprops, activations)
+        if self.centered or not few or backprops.dtype != self.unit.dtype:
+            return self.both_((backprops @ activations.mT).flatten(1, 2))
+        # What is the same for all of a row goes in before G is made: G is then gone through once.
+        dots = self._dots_by_places(backprops, activations)
+        factor = self.v_factor.view(backprops.shape[1], -1, 1)
+        rows = ((backprops * factor) @ activations.mT).flatten(1, 2)
+        taken = (self.v_factor * self.shrink * dots).unsqueeze(-1)
+        return self.gain_factor * dots, rows.addcmul_(taken, self.unit, value=-1)
 
     def squares(self, backprops: Tensor, activations: Tensor) -> tuple[Tensor, Tensor]:
         """Return ‖∂L/∂gain‖² and ‖∂L/∂v‖², (N,) each, of what `of_places` takes.
@@ -84,23 +92,34 @@ class Pullback(NamedTuple):
         Source: Bu et al. 2022, "Scalable and Efficient Training of Large Convolutional Neural Networks
         with Differential Privacy", section 3, for ‖G‖.
         """
-        (groups, rows, places), n = backprops.shape[1:], activations.shape[2]
-        if places * (rows + n) >= rows * n:
+        if not self._less_by_places(backprops, activations):
             along, across = self.of_places(backprops, activations)
             # Row by row: one float32 sum over a whole weight is off by 1e-4.
             return along.square().sum(-1), across.square().sum(-1).sum(-1)
         if self.centered:
             return self._on_centered().squares(backprops, _center(activations))
-        unit, factor = self.unit.unflatten(0, (groups, -1)), self.v_factor.view(groups, -1)
-        # One product for all samples.
-        along_unit = unit @ activations.permute(1, 2, 0, 3).flatten(2)
-        dots = along_unit.unflatten(2, (-1, places)).permute(2, 0, 1, 3).mul(backprops).sum(-1)
+        groups = backprops.shape[1]
+        dots = self._dots_by_places(backprops, activations).unflatten(1, (groups, -1))
+        factor = self.v_factor.view(groups, -1)
         scaled = backprops * factor.unsqueeze(-1)
         whole = ((scaled.mT @ scaled) * (activations.mT @ activations)).sum((1, 2, 3))
         shrink = self.shrink.view(groups, -1)
         off = factor.square() * shrink * (2 - shrink) * dots.square()
         rest = (whole - off.sum((1, 2))).clamp(min=0)
         return (self.gain_factor * dots.flatten(1)).square().sum(-1), rest
+
+    def _less_by_places(self, backprops: Tensor, activations: Tensor) -> bool:
+        (rows, places), n = backprops.shape[2:], activations.shape[2]
+        return bool(places * (rows + n) < rows * n)
+
+    def _dots_by_places(self, backprops: Tensor, activations: Tensor) -> Tensor:
+        """Return G · u, (N, O), as Σ_t b_t (a_t · u): one product for all samples."""
+        groups, places = backprops.shape[1], backprops.shape[3]
+        unit = self.unit.unflatten(0, (groups, -1))
+        along_unit = unit @ activations.permute(1, 2, 0, 3).flatten(2)
+        by_place = along_unit.unflatten(2, (-1, places)).permute(2, 0, 1, 3)
+        dots: Tensor = by_place.mul(backprops).sum(-1).flatten(1)
+        return dots
 
     def _on_centered(self) -> Pullback:
         """The map where a − mean(a) makes G − mean(G): u is centered, so that G·u stays."""
