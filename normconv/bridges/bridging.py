@@ -290,7 +290,9 @@ def is_weight(name: str) -> bool:
     (True, True, False)
     """
     last = name.rpartition(".")[2]
-    return last.startswith("weight") or last.endswith("_weight")
+    # What torch's spectral norm and pruning compute from.
+    part = last.endswith(("_orig", "_mask"))
+    return not part and (last.startswith("weight") or last.endswith("_weight"))
 
 
 def _either(weight: str, layer: str, glob: str) -> bool:

@@ -27,12 +27,12 @@ class Findings:
 
     def zero_rows(self, weight: str, zero: Tensor, became: str) -> None:
         """Note rows without direction."""
-        if number := int(zero.sum()):
+        if number := 0 if zero.is_meta else int(zero.sum()):
             self.said[weight] = f"{number} rows without direction {became}"
 
     def check(self, weight: str, *tensors: Tensor) -> None:
         """Note NaN and infinity."""
-        if not all(map(all_finite, tensors)):
+        if not all(tensor.is_meta or all_finite(tensor) for tensor in tensors):
             self.said[weight] = "holds NaN or infinity"
 
 

@@ -52,7 +52,8 @@ def spectrally_normed(weight: Tensor, u: Tensor, v: Tensor, dim: int) -> tuple[T
     Source: Miyato et al. 2018, "Spectral Normalization", equation 9.
     """
     weight = wide(weight)
-    matrix = weight.movedim(dim, 0).flatten(1)
+    matrix = weight.movedim(dim, 0)
+    matrix = matrix.reshape(matrix.shape[0], -1)  # a vector too
     length = torch.vdot(wide(u), matrix @ wide(v))
     if not weight.is_meta and not bool(weight.any()):
         return weight, "a weight of spectral norm 0 became 0"

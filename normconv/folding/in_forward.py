@@ -142,16 +142,19 @@ def _watch(module: nn.Module) -> _Seen | Left | None:
             given.append(watched.given)
     except Exception:  # it takes other inputs, or cannot run in float64: nothing can be told
         return None
-    if any(len(calls) != 1 or not isinstance(calls[0][0], Tensor) for calls in given):
-        return None
-    (first, bias), (second, _), (other, _) = (calls[0] for calls in given)
     own: Any = layer.weight
+    if any(len(calls) != 1 or not isinstance(calls[0][0], Tensor) for calls in given):
+        if all(any(weight is own for weight, _ in calls) for calls in given):
+            return None
+        what = f"the forward of {type(module).__name__} does not give its weight to one operator"
+        return Left(f"{what}: whether it computes one is not known", "fold it with its own code")
+    (first, bias), (second, _), *others = (calls[0] for calls in given)
     if first is own or (first.shape == own.shape and torch.equal(first, own)):
         return None
     if not torch.equal(first, second):
         kind = type(module).__name__
         return Left(f"the weight that the forward of {kind} computes changes from call to call")
-    if not torch.equal(first, other):
+    if not all(torch.equal(first, other) for other, _ in others):
         return None  # a function of the input, not of parameters
     return _Seen(layer, first, bias, tuple(runs[1:]))
 
@@ -184,7 +187,9 @@ def _inputs(layer: Any) -> Iterator[Tensor]:
         else:
             sizes = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
             shape = (1, layer.in_channels, *(d * (k - 1) + 1 + 2 * s + more for k, s, d in sizes))
-        yield torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
+        x = torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
+        yield x
+    yield x * 1e6  # a bound on inputs or outputs shows
 
 
 def _forms(layer: nn.Module, plain_class: type[nn.Module]) -> Iterator[_Form]:

@@ -66,7 +66,7 @@ def refactor_norms(
     for one, was in reversed(done):
         if like is not None:
             was = originals(like, one)
-        work = _Undoing(twin, was, like, _absorbed(model), problems)
+        work = _Undoing(twin, was, like, _absorbed(model), problems, plan is not None)
         rows = work.undo(one.converted) + rows
     settle_(twin)
     forget(twin)
@@ -188,8 +188,10 @@ class _Undoing:
         like: nn.Module | None,
         absorbed: list[Mapping[str, Any]],
         problems: list[Problem],
+        guessed: bool,
     ) -> None:
         self._model = model
+        self._guessed = guessed
         self._norms: Mapping[str, Any] = was.get("norms", {})
         self._without_bias = set(was.get("without bias", ()))
         self._like = like
@@ -214,10 +216,11 @@ class _Undoing:
 
     def _is_gone(self, step: Step) -> bool:
         """Whether the norm is not there any more: it may have been kept in what `like` describes."""
-        if self._like is None:
+        if self._like is None or not self._guessed:  # the history knows what was converted
             return True
         now, before = (root.get_submodule(step.site) for root in (self._model, self._like))
-        return not (is_norm(now) and type(now) is type(before))
+        eps = [getattr(norm, "eps", None) for norm in (now, before)]
+        return not (is_norm(now) and type(now) is type(before) and eps[0] == eps[1])
 
     def _slot(self, step: Step) -> Slot | None:
         if self._like is None and step.site not in self._norms:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from normconv.layers import (
     weight_norm_,
     weight_standardize_,
 )
+from normconv.numerics import all_finite
 from normconv.report import Report
 from normconv.surgery import Result
 
@@ -41,8 +42,8 @@ def average(models: Sequence[nn.Module], weights: Sequence[float] | None = None)
         weights: how much each counts, such as its number of samples; all the same for None.
 
     Raises:
-        UsageError: there is no model, a weight is negative or none is positive, or the models differ;
-            names the first key that does.
+        UsageError: there is no model, a weight is negative or none is positive, a model holds NaN or
+            infinity, or the models differ; names the first key that does.
 
     Source: McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized
     Data", algorithm 1.
@@ -53,19 +54,22 @@ def average(models: Sequence[nn.Module], weights: Sequence[float] | None = None)
     >>> torch.allclose(mean.weight, (one.weight + two.weight) / 2)
     True
     """
+    models = list(models)
     shares = _shares(models, weights)
     plain = []
-    for number, model in enumerate(models):
+    for number, (model, share) in enumerate(zip(models, shares, strict=True)):
         _check_structure(models[0], model, f"models[{number}]")
         folded, report = fold(model, share_tensors=True)
         _check_kinds(report, f"models[{number}]")
         plain.append(folded.state_dict())
+        if share:  # a client without samples may hold anything
+            _check_finite(plain[-1], f"models[{number}]")
     twin = copy_model(models[0])
     forms = _forms(twin)
     _unfold_(twin, list(forms))
     with torch.no_grad():
         for name, tensor in twin.state_dict().items():
-            if tensor.is_floating_point() or tensor.is_complex():
+            if isinstance(tensor, Tensor) and (tensor.is_floating_point() or tensor.is_complex()):
                 tensor.copy_(_mean([values[name] for values in plain], shares))
     _split_(twin, forms)
     facts = {"models": len(models), "weights": shares, "layers split again": len(forms)}
@@ -95,6 +99,13 @@ def _check_structure(first: nn.Module, model: nn.Module, where: str) -> None:
         raise UsageError(Problem(where, what, "average models of one structure"))
 
 
+def _check_finite(values: Mapping[str, Any], where: str) -> None:
+    for name, value in values.items():
+        if isinstance(value, Tensor) and not value.is_meta and not all_finite(value):
+            what = f"{name} holds NaN or infinity"
+            raise UsageError(Problem(where, what, "leave this model out"))
+
+
 def _check_kinds(report: Report, where: str) -> None:
     """Refuse computed weights that are not split again here."""
     kinds = [*report.facts["folded"], *(["a parametrization"] if report.facts["left"] else [])]
@@ -104,11 +115,20 @@ def _check_kinds(report: Report, where: str) -> None:
 
 
 def _structure(model: nn.Module) -> dict[str, str]:
-    modules = model.named_modules()
-    found = {name or "the model": type(module).__name__ for name, module in modules}
+    modules = dict(model.named_modules())
+    found = {name or "the model": type(module).__name__ for name, module in modules.items()}
     for name, tensor in model.state_dict().items():
         shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-        found[name] = f"shape {shape}"
+        dtype = f", {tensor.dtype}" if isinstance(tensor, Tensor) else ""
+        found[name] = f"shape {shape}{dtype}"
+    names = Names(model)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners = names.owners(parameter)
+        if len(owners) > 1:
+            found[name] += f", tied in {', '.join(sorted(owners))}"
+    for name, module in modules.items():
+        if not any(True for _ in module.children()):
+            found[f"settings of {name}"] = module.extra_repr()
     return found
 
 
@@ -118,7 +138,7 @@ def _mean(values: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
     wide = torch.complex128 if values[0].is_complex() else torch.float64
     total = torch.zeros_like(values[0], dtype=wide)
     for value, share in zip(values, shares, strict=True):
-        if share:  # a client without samples may hold anything
+        if share:
             total += share * value.to(total)
     return total
 

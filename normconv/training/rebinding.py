@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from normconv.errors import Problem, UsageError
+from normconv.graph import is_norm
 from normconv.layers import Reparametrised, row_layouts
 from normconv.numerics import RowLayout, scale_rows
 from normconv.plan import history_of
@@ -130,10 +131,12 @@ class _Rebinding:
             for parameter in group["params"]
         }
         self._rewritten = _rewritten(model, original)
+        # A norm before a layer scales columns and shifts into the bias: W alone has no chain rule there.
+        self._after = _rewritten(model, original, sides=("consumers",))
         self._notes: list[str] = []
 
     def carry_out(self) -> Report:
-        old = self._old_parameters()
+        old = self._held = self._old_parameters()
         groups: list[list[nn.Parameter]] = [[] for _ in self._optimizer.param_groups]
         states: dict[Tensor, dict[str, Any]] = {}
         facts: dict[str, list[str]] = {
@@ -164,6 +167,9 @@ class _Rebinding:
         self._note_restarts(facts["fresh"])
         for group, parameters in zip(self._optimizer.param_groups, groups, strict=True):
             group["params"] = parameters
+            if "param_names" in group:
+                names = {id(p): name for name, p in self._new.items()}
+                group["param_names"] = [names[id(p)] for p in parameters]
         self._optimizer.state = defaultdict(dict, states)
         return Report(
             "rebind", type(self._optimizer).__name__, facts=facts, notes=tuple(self._notes)
@@ -188,7 +194,16 @@ class _Rebinding:
         return found
 
     def _same(self, name: str, before: nn.Parameter, parameter: nn.Parameter) -> bool:
-        return before.shape == parameter.shape and name.rpartition(".")[0] not in self._rewritten
+        owner = name.rpartition(".")[0]
+        if before is parameter:
+            return owner not in self._rewritten
+        if before.shape != parameter.shape or owner in self._rewritten or self._original is None:
+            return False
+        was, now = (root.get_submodule(owner) for root in (self._original, self._model))
+        if is_norm(was) and type(was) is not type(now):
+            return False
+        # A layer whose own forward computed its weight has the same name before and after `fold`.
+        return torch.equal(before, parameter.to(before))
 
     def _group_for(self, name: str, old: dict[str, nn.Parameter]) -> int | None:
         """The group of what a new parameter comes from: itself, its layer, or the slot it stands in."""
@@ -210,8 +225,21 @@ class _Rebinding:
             if numbers:
                 return self._beside(name, old, numbers)
             if near or not owner:
-                return None
+                return self._beside_slot(name)
             owner = owner.rpartition(".")[0]
+
+    def _beside_slot(self, name: str) -> int | None:
+        """The group of the layer that held a norm which is in its slot again."""
+        site = name.rpartition(".")[0]
+        layers = [layer for layer, norm in self._rewritten.items() if norm == site]
+        return next(
+            (
+                self._group_of[id(p)]
+                for n, p in self._held.items()
+                if n.rpartition(".")[0] in layers and id(p) in self._group_of
+            ),
+            None,
+        )
 
     def _beside(self, name: str, old: dict[str, nn.Parameter], numbers: list[int]) -> int:
         """A bias that a layer gets from a norm goes where the norm's bias was."""
@@ -232,7 +260,7 @@ class _Rebinding:
         weight = parts.get(last, "")
         before = old.get(f"{owner}.{weight}".lstrip("."))
         layout = row_layouts(layer).get(weight)
-        if before is None or layout is None or self._original is None:
+        if before is None or layout is None or self._original is None or owner in self._after:
             return None
         momentum = self._optimizer.state.get(before, {}).get("momentum_buffer")
         if momentum is None or set(self._optimizer.state[before]) != {"momentum_buffer"}:
@@ -259,6 +287,11 @@ class _Rebinding:
             )
         elif self._original is None and fresh:
             self._notes.append("momentum is carried only where original= is given")
+        elif any("momentum_buffer" in values for values in states) and fresh:
+            self._notes.append(
+                f"the momentum of {len(fresh)} parameters restarts: it is carried from a weight to the "
+                "(g, v) made of it, not back, and not through a norm that went into the layer after it"
+            )
 
 
 @torch.no_grad()
@@ -278,7 +311,11 @@ def _row_sums(values: Tensor, layout: RowLayout) -> Tensor:
     return split.sum([1, *range(3, split.dim())]).flatten()
 
 
-def _rewritten(model: nn.Module, original: nn.Module | None) -> dict[str, str]:
+def _rewritten(
+    model: nn.Module,
+    original: nn.Module | None,
+    sides: tuple[str, ...] = ("producers", "consumers"),
+) -> dict[str, str]:
     """The layers that took a norm since the original, each with the norm's name."""
     before = [] if original is None else history_of(original)
     since = history_of(model)[len(before) :]
@@ -289,9 +326,9 @@ def _rewritten(model: nn.Module, original: nn.Module | None) -> dict[str, str]:
     for entry in before if back else since:
         for step in entry.get("apply", {}).get("steps", ()):
             if step["action"] in ("fold", "forward", "standardize"):
-                layers = [*step.get("producers", ()), *step.get("consumers", ())]
+                layers = [layer for side in sides for layer in step.get(side, ())]
                 found |= dict.fromkeys(layers, step["site"])
         for absorbed in entry.get("fold", {}).get("absorbed", ()):
-            layers = [*absorbed.get("producers", ()), *absorbed.get("consumers", ())]
+            layers = [layer for side in sides for layer in absorbed.get(side, ())]
             found |= dict.fromkeys(layers, absorbed["names"][0])
     return found

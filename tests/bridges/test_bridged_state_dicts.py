@@ -230,3 +230,10 @@ def test_what_is_tied_stays_tied_and_what_is_unknown_passes() -> None:
     assert made["a._extra_state"] == {"step": 3}
     assert set(report.facts["passed through"]) == {"a.bias", "b.bias", "ema.decay"}
     assert report.facts["passed through"]["a.bias"] == {"shape": [3], "dtype": "float32"}
+
+
+def test_what_spectral_norm_computes_from_is_not_split() -> None:
+    net = nn.Sequential(torch.nn.utils.spectral_norm(nn.Linear(3, 2)), nn.Linear(2, 2))
+    made, _ = convert_state_dict(net.state_dict(), "legacy-wn", layers="*", dim=0)
+    assert {"0.weight_orig", "1.weight_g", "1.weight_v"} <= made.keys()
+    assert "0.weight_orig_g" not in made

@@ -242,3 +242,27 @@ def test_tied_weights_stay_tied_and_hooks_stay() -> None:
     assert folded[0].weight is folded[1].weight
     folded(torch.randn(1, 2, 9, 9))
     assert calls == [1]
+
+
+class Bounded(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x.clamp(-6, 6), 2 * self.weight, self.bias)
+
+
+class ByHand(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ nn.functional.normalize(self.weight).t()
+
+
+class TwoWeights(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, 2 * self.weight) + nn.functional.linear(x, -self.weight)
+
+
+@pytest.mark.parametrize("kind", [Bounded, ByHand, TwoWeights])
+def test_more_than_an_operator_is_left_and_counted(kind: type[nn.Linear]) -> None:
+    net, x = nn.Sequential(kind(3, 2)), 100 * torch.randn(4, 3)
+    model, report = nc.fold(net)
+    assert (report.facts["folded"], report.facts["left"]) == ({}, 1)
+    assert kind.__name__ in report.notes[0]
+    assert torch.equal(model(x), net(x))

@@ -379,3 +379,18 @@ def test_a_trained_resnet18_loads_into_torchvision() -> None:
     fresh = models.resnet18(num_classes=5)
     fresh.load_state_dict(back.state_dict(), strict=True)
     assert relative_l2(evaluate(fresh, (x,))["output"], evaluate(model, (x,))["output"]) <= 1e-5
+
+
+@pytest.mark.parametrize("to", ["wn+mobn", "frozen"])
+def test_a_stand_in_for_a_norm_is_not_the_norm(to: str) -> None:
+    conv = nn.Conv2d(3, 4, 3, bias=False)
+    net, x = nn.Sequential(conv, nn.BatchNorm2d(4, eps=0.1)), torch.randn(8, 3, 6, 6)
+    net(x)
+    net.eval()
+    plain = nc.fold(
+        nc.convert(net, to, example_inputs=(x,)).model, example_inputs=(x,), standalone=True
+    ).model
+    back = nc.refactor(plain, to="bn", like=net).model
+    fresh = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4, eps=0.1)).eval()
+    fresh.load_state_dict(back.state_dict(), strict=True)
+    torch.testing.assert_close(fresh(x), net(x))

@@ -150,3 +150,31 @@ def test_a_share_of_zero_counts_nothing() -> None:
     nn.init.constant_(broken.weight, float("nan"))
     mean: Any = average([one, broken], [1.0, 0.0]).model
     assert torch.equal(mean.weight, one.weight)
+
+
+class Tied(nn.Module):
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 3), nn.Linear(3, 3)
+        if tied:
+            self.two.weight = self.one.weight
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "what"),
+    [
+        (Tied(True), Tied(False), "weight: it has .*tied"),
+        (nn.Conv1d(2, 2, 3), nn.Conv1d(2, 2, 3, stride=2), "settings of .*stride"),
+        (nn.Linear(2, 2), nn.Linear(2, 2).half(), "float16"),
+    ],
+)
+def test_models_that_look_alike_are_told_apart(one: nn.Module, other: nn.Module, what: str) -> None:
+    with pytest.raises(nc.UsageError, match=what):
+        average([one, other])
+
+
+def test_a_client_with_nan_is_named() -> None:
+    one, two = nn.Linear(2, 2), nn.Linear(2, 2)
+    nn.init.constant_(two.bias, float("nan"))
+    with pytest.raises(nc.UsageError, match=r"models\[1\]: bias holds NaN"):
+        average(model for model in (one, two))  # type: ignore[arg-type]

@@ -193,3 +193,51 @@ def test_an_optimizer_of_another_model_is_refused() -> None:
         rebind(optimizer, result, copy.deepcopy(net))
     with pytest.raises(nc.UsageError, match="'fresh' or 'map'"):
         rebind(optimizer, result, net, state="keep")  # type: ignore[arg-type]
+
+
+def test_a_norm_in_front_of_a_layer_leaves_no_chain_rule() -> None:
+    net = nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1, bias=False))
+    x = torch.randn(8, 3, 2, 2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    step(net, optimizer, x)
+    result = nc.convert(net.eval(), "wn", example_inputs=(x,))
+    assert "forward" in result.report.sites[0].action
+    new, report = rebind(optimizer, result, net, state="map")
+    assert not report.facts["mapped"]
+    assert not new.state
+    assert "momentum of" in report.notes[0]
+
+
+def test_the_weight_that_a_forward_computed_is_another() -> None:
+    class Centered(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(
+                x, self.weight - self.weight.mean(1, keepdim=True), self.bias
+            )
+
+    net, x = nn.Sequential(Centered(3, 2)), torch.randn(4, 3)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    step(net, optimizer, x)
+    _, report = rebind(optimizer, nc.fold(net), net)
+    assert (report.facts["fresh"], report.facts["kept"]) == (["0.weight"], ["0.bias"])
+
+
+def test_another_norm_in_the_slot_starts_anew() -> None:
+    net, x = net_and_inputs()
+    optimizer = torch.optim.Adam(net.parameters())
+    step(net, optimizer, x)
+    _, report = rebind(optimizer, nc.convert(net, "gn", example_inputs=(x,)), net)
+    assert {"1.weight", "1.bias"} <= set(report.facts["fresh"])
+
+
+def test_a_norm_that_is_back_is_trained_with_its_layer() -> None:
+    net, x = net_and_inputs()
+    normed = nc.convert(net.eval(), "wn", example_inputs=(x,)).model
+    optimizer = torch.optim.SGD(normed.named_parameters(), lr=0.1)
+    back = nc.refactor(normed, to="bn", example_inputs=(x,))
+    new, _ = rebind(optimizer, back, normed)
+    held = {id(p) for group in new.param_groups for p in group["params"]}
+    assert held == {id(p) for p in back.model.parameters()}
+    (group,) = new.param_groups
+    names = {id(p): name for name, p in back.model.named_parameters()}
+    assert group["param_names"] == [names[id(p)] for p in group["params"]]
