@@ -36,6 +36,15 @@ class Halved(nn.Module):
         return weight / 2
 
 
+class WeightStandardizer(nn.Module):
+    """As Composer registers it: biased variance, an eps under the root."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        axes = list(range(1, weight.dim()))
+        variance, mean = torch.var_mean(weight, dim=axes, keepdim=True, correction=0)
+        return (weight - mean) / (variance + 1e-5).sqrt()
+
+
 class Scaled(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -77,6 +86,7 @@ KINDS: dict[str, tuple[Callable[[nn.Module], nn.Module], dict[str, int]]] = {
     "householder": (orthogonal("householder"), {"torch orthogonal (parametrization)": 1}),
     "pruned": (pruned, {"torch pruning (hook)": 1}),
     "a user's": (under(Halved), {"Halved (parametrization)": 1}),
+    "Composer's": (under(WeightStandardizer), {"WeightStandardizer (parametrization)": 1}),
     "two": (under(Halved, lambda: Scaled(6)), {"Halved + Scaled (parametrization)": 1}),
     "spectral on weight norm": (
         lambda layer: parametrizations.spectral_norm(parametrizations.weight_norm(layer)),
