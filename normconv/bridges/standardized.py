@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from normconv.bridges.gains import GainRows
-from normconv.numerics import Dialect
-from normconv.numerics.rows import beside, row_axes, row_blocks
-from normconv.numerics.standardization import row_size
+from normconv.numerics import Dialect, true_standard_weight
 
 __all__ = ["StandardizedBy", "standardized_weight"]
 
@@ -45,16 +43,8 @@ def standardized_weight(gain: Tensor | None, v: Tensor, by: StandardizedBy) -> T
     tensor([[-1.,  1.]])
     """
     view, layout = by.rows.rows(v)
-    n = row_size(view, layout)
-    factor = torch.full(
-        (layout.channels(view),), by.gamma * by.way.scale(max(1, n)), dtype=torch.float64
-    )
+    factor = torch.full((layout.channels(view),), by.gamma, dtype=torch.float64)
     if gain is not None:
         factor = factor * gain.double().reshape(-1)
-    weight = view.detach().clone()
-    for block, rows in row_blocks(weight, layout):
-        wide, axes = block.double(), row_axes(block, layout)
-        center = wide - wide.mean(axes, keepdim=True)
-        length = torch.linalg.vector_norm(center, dim=axes, keepdim=True)
-        block.copy_(center * (beside(factor[rows], block, layout) / by.way.denominator(length, n)))
+    weight = true_standard_weight(factor, view, layout, by.way)
     return by.rows.back(weight, tuple(v.shape))

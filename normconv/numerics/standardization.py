@@ -223,14 +223,15 @@ def _centered(block: Tensor, layout: RowLayout) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def true_standard_weight(
-    gain: Tensor, v: Tensor, layout: RowLayout, dialect: str = "timm"
+    gain: Tensor, v: Tensor, layout: RowLayout, dialect: str | Dialect = "timm"
 ) -> Tensor:
-    """Return the float64 value of `standard_weight` rounded once to v's dtype.
+    """Return the float64 value of `standard_weight` rounded once to v's dtype; any dialect will do.
 
     >>> true_standard_weight(torch.ones(1), torch.tensor([[1.0, 3.0]]), RowLayout())
     tensor([[-1.0000,  1.0000]])
     """
-    way, n = dialect_named(dialect), row_size(v, layout)
+    way = dialect_named(dialect) if isinstance(dialect, str) else dialect
+    n = row_size(v, layout)
     factor = gain.detach().double().reshape(-1) * way.scale(max(1, n))
     weight = v.detach().clone()  # preserve_format: strides follow v
     for block, rows in row_blocks(weight, layout):
