@@ -14,13 +14,14 @@ from normconv.cli import (
     compare,
     convert,
     demo,
-    deploy,
     doctor,
+    export,
     fold,
     initialise,
     inspect,
     refactor,
     state_dict,
+    verify,
 )
 
 __all__ = ["app", "main"]
@@ -61,8 +62,8 @@ app.command("recover")(calibrate.recover)
 app.command("fold")(fold.fold)
 app.command("refactor")(refactor.refactor)
 app.add_typer(state_dict.app, name="state-dict")
-app.command("export")(deploy.export)
-app.command("verify")(deploy.verify)
+app.command("export")(export.export)
+app.command("verify")(verify.verify)
 app.command("audit")(audit.audit)
 app.command("bench")(bench.bench)
 app.command("compare")(compare.compare)

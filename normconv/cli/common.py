@@ -38,6 +38,7 @@ __all__ = [
     "Json",
     "Opened",
     "Out",
+    "Provider",
     "SourceOptions",
     "check_outputs",
     "command",
@@ -87,6 +88,9 @@ At = Annotated[
     typer.Option("--at", metavar="NAME", help="Only this submodule; inputs stay the model's."),
 ]
 Out = Annotated[Path | None, typer.Option("-o", "--out", help="The file to write.")]
+Provider = Annotated[
+    str | None, typer.Option("--provider", help="cpu, cuda or tensorrt; without it cuda, else cpu.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 
 

@@ -1,4 +1,4 @@
-"""`normconv export` and `normconv verify`."""
+"""`normconv verify`."""
 
 from __future__ import annotations
 
@@ -7,55 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from normconv.cli.common import (
-    Opened,
-    Out,
-    SourceOptions,
-    check_outputs,
-    command,
-    emit,
-    out_path,
-    stage,
-)
+from normconv.cli.common import Opened, Provider, SourceOptions, command, emit, stage
 from normconv.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["export", "verify"]
-
-Provider = Annotated[
-    str | None, typer.Option("--provider", help="cpu, cuda or tensorrt; without it cuda, else cpu.")
-]
-
-
-@command
-def export(
-    source: SourceOptions,
-    out: Out = None,
-    opset: Annotated[int | None, typer.Option("--opset", help="18 to 20.")] = None,
-    dynamic_batch: Annotated[
-        bool, typer.Option("--dynamic-batch/--static", help="Leave the batch axis free.")
-    ] = True,
-    provider: Provider = None,
-) -> None:
-    """Fold a model, export it to ONNX, and compare the file with the model in ONNX Runtime."""
-    path = out_path(source.source, ".onnx", out)
-    check_outputs(source.source, ("--out", path, (".onnx",)))
-    opened = source.open()
-    with stage(f"fold, export and check {path}", as_json=source.as_json):
-        from normconv.deploy import export_onnx
-
-        report = export_onnx(
-            opened.model,
-            path,
-            example_inputs=opened.inputs.args,
-            example_kwargs=opened.inputs.kwargs,
-            dynamic_batch=dynamic_batch,
-            opset=opset,
-            providers=None if provider is None else (provider,),
-        )
-    emit(opened.describe(report).extended(facts={"written": str(path)}), as_json=source.as_json)
+__all__ = ["verify"]
 
 
 @command

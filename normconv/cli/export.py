@@ -1,0 +1,49 @@
+"""`normconv export`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from normconv.cli.common import (
+    Out,
+    Provider,
+    SourceOptions,
+    check_outputs,
+    command,
+    emit,
+    out_path,
+    stage,
+)
+
+__all__ = ["export"]
+
+
+@command
+def export(
+    source: SourceOptions,
+    out: Out = None,
+    opset: Annotated[int | None, typer.Option("--opset", help="18 to 20.")] = None,
+    dynamic_batch: Annotated[
+        bool, typer.Option("--dynamic-batch/--static", help="Leave the batch axis free.")
+    ] = True,
+    provider: Provider = None,
+) -> None:
+    """Fold a model, export it to ONNX, and compare the file with the model in ONNX Runtime."""
+    path = out_path(source.source, ".onnx", out)
+    check_outputs(source.source, ("--out", path, (".onnx",)))
+    opened = source.open()
+    with stage(f"fold, export and check {path}", as_json=source.as_json):
+        from normconv.deploy import export_onnx
+
+        report = export_onnx(
+            opened.model,
+            path,
+            example_inputs=opened.inputs.args,
+            example_kwargs=opened.inputs.kwargs,
+            dynamic_batch=dynamic_batch,
+            opset=opset,
+            providers=None if provider is None else (provider,),
+        )
+    emit(opened.describe(report).extended(facts={"written": str(path)}), as_json=source.as_json)
