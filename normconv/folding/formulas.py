@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["normed", "spectrally_normed", "wide"]
+__all__ = ["is_another", "normed", "nudged", "spectrally_normed", "wide"]
+
+_ROUNDINGS = 16  # that a formula may add up
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -58,3 +60,36 @@ def spectrally_normed(weight: Tensor, u: Tensor, v: Tensor, dim: int) -> tuple[T
     if not weight.is_meta and not bool(weight.any()):
         return weight, "a weight of spectral norm 0 became 0"
     return weight / length, ""
+
+
+def nudged(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return numbers, wide, moved by about what one rounding to a dtype moves them.
+
+    >>> bool((nudged(torch.ones(2).double(), torch.float32) - 1).abs().max() < 1e-6)
+    True
+    """
+    if tensor.is_meta or not tensor.is_floating_point():
+        return tensor
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+    return wide(tensor) * (1 + torch.finfo(dtype).eps * noise)
+
+
+def is_another(own: Tensor, value: Tensor, moved: Tensor, dtype: torch.dtype) -> bool:
+    """Say whether a value in its own dtype is more than rounding away from that in float64.
+
+    Then the formula asks for the dtype. Rounding is as much as the formula makes of one rounding of what
+    it starts from.
+
+    Args:
+        own: computed in `dtype`.
+        value: computed in float64.
+        moved: computed in float64 from `nudged` numbers.
+        dtype: of the model.
+    """
+    if own.is_meta or not dtype.is_floating_point or own.shape != value.shape:
+        return False
+    length = torch.linalg.vector_norm(value)
+    rounding = torch.linalg.vector_norm(moved.nan_to_num() - value)
+    bound = _ROUNDINGS * torch.maximum(length * torch.finfo(dtype).eps, rounding)
+    return bool(torch.linalg.vector_norm(wide(own) - value) > bound) and bool(own.isfinite().all())

@@ -2,7 +2,8 @@
 
 No such class is known here by its name. The layer is run in float64 while the operator that it calls is
 watched: what that is given as weight is the weight. The layer becomes its plain base class with that
-weight only if the outputs are the same then.
+weight only if the outputs are the same then. A forward that asks for the dtype (an eps of 1e-5 in
+float32, of 1e-3 otherwise) computes another weight in float64; it is then taken as the layer computes it.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
+from normconv.folding.formulas import is_another, nudged
 from normconv.folding.placing import Folded, Left, Made, Outcome, plain_weight, rounded
 from normconv.layers import copy_model
-from normconv.layers.operators import OPERATORS
+from normconv.layers.operators import OPERATORS, row_layouts
 
 __all__ = ["fold_forward"]
 
@@ -56,7 +58,8 @@ def fold_forward(
         if form.pad and not replaceable:
             continue
         if all(_same(seen, form, x, y) for x, y in seen.runs):
-            return _become_(module, form, seen, made), Folded(f"{kind} (forward)")
+            found, reason = _as_computed(module, seen)
+            return _become_(module, form, found, made), Folded(f"{kind} (forward)", reason)
     what = (
         f"the forward of {type(module).__name__} computes a weight and does more than its operator"
     )
@@ -71,12 +74,14 @@ class _Seen(NamedTuple):
         weight: what its operator was given.
         bias: likewise.
         runs: inputs and outputs.
+        lost: where the layer itself computes NaN, and other numbers stood for the runs.
     """
 
     layer: nn.Module
     weight: Tensor
     bias: Tensor | None
     runs: tuple[tuple[Tensor, Tensor], ...]
+    lost: Tensor | None = None
 
 
 class _Form(NamedTuple):
@@ -131,10 +136,11 @@ class _Watched(TorchFunctionMode):
 
 @torch.no_grad()
 def _watch(module: nn.Module) -> _Seen | Left | None:
-    """Run a layer twice on one input and once on another; None where no weight is computed."""
+    """Run a layer twice on one input and once on others; None where no weight is computed."""
     try:
-        layer = _wide_copy(module)
+        layer = _alone(module).double()
         inputs = list(_inputs(layer))
+        lost = _fill_lost_(layer, inputs[0])
         runs, given = [], []
         for x in (inputs[0], *inputs):
             with _Watched() as watched:
@@ -151,16 +157,77 @@ def _watch(module: nn.Module) -> _Seen | Left | None:
     (first, bias), (second, _), *others = (calls[0] for calls in given)
     if first is own or (first.shape == own.shape and torch.equal(first, own)):
         return None
+    computed = f"the weight that the forward of {type(module).__name__} computes"
+    if bool(first.isnan().any()):
+        return Left(f"{computed} is NaN")
     if not torch.equal(first, second):
-        kind = type(module).__name__
-        return Left(f"the weight that the forward of {kind} computes changes from call to call")
+        return Left(f"{computed} changes from call to call")
     if not all(torch.equal(first, other) for other, _ in others):
         return None  # a function of the input, not of parameters
-    return _Seen(layer, first, bias, tuple(runs[1:]))
+    return _Seen(layer, first, bias, tuple(runs[1:]), lost)
 
 
-def _wide_copy(module: nn.Module) -> nn.Module:
-    """A float64 copy in eval mode; a layer without storage gets random numbers."""
+def _fill_lost_(layer: Any, x: Tensor) -> Tensor | None:
+    """Draw numbers, in place, where the computed weight is NaN, as 0 / 0 is; return where.
+
+    None where there is none, or where the other rows are not the same afterwards.
+    """
+    with _Watched() as watched:
+        layer.forward(x)
+    weight = watched.given[0][0] if len(watched.given) == 1 else None
+    own: Tensor = layer.weight
+    if not isinstance(weight, Tensor) or weight.shape != own.shape or weight is own:
+        return None
+    lost = weight.isnan()
+    if not bool(lost.any()):
+        return None
+    before, generator = own.clone(), torch.Generator().manual_seed(0)
+    own[lost] = torch.randn(int(lost.sum()), generator=generator, dtype=own.dtype).to(own.device)
+    with _Watched() as watched:
+        layer.forward(x)
+    (again, _), *_ = watched.given
+    if not bool(again.isnan().any()) and torch.equal(again[~lost], weight[~lost]):
+        return lost
+    own.copy_(before)
+    return None
+
+
+@torch.no_grad()
+def _as_computed(module: nn.Module, seen: _Seen) -> tuple[_Seen, str]:
+    """Put the weight as the layer computes it in its own dtype where that is another formula's.
+
+    Rows that the layer computes as NaN become 0. Returns what is to be said, too.
+    """
+    reasons = []
+    layer: Any = seen.layer
+    own: Any = module
+    lost = seen.lost
+    if lost is not None:
+        seen = seen._replace(weight=seen.weight.masked_fill(lost, 0))
+        rows = row_layouts(module)["weight"].channels(seen.weight)
+        count = int(lost.sum()) * rows // seen.weight.numel()
+        reasons.append(f"{count} rows without direction became 0")
+    if own.weight.is_meta or own.weight.dtype == torch.float64:
+        return seen, ", ".join(reasons)
+    x = seen.runs[0][0]
+    try:
+        with _Watched() as narrow:
+            _alone(module).forward(x.to(own.weight.dtype))
+        layer.weight.copy_(nudged(layer.weight, own.weight.dtype))
+        with _Watched() as moved:
+            layer.forward(x)
+        (weight, bias), (other, _) = narrow.given[0], moved.given[0]
+        weight = weight if lost is None else weight.masked_fill(lost, 0)
+    except Exception:  # not every operator is there in half precision
+        return seen, ", ".join(reasons)
+    if is_another(weight, seen.weight, other, own.weight.dtype):
+        reasons.append(f"computed in {str(own.weight.dtype)[6:]}: in float64 it is another weight")
+        seen = seen._replace(weight=weight, bias=bias if seen.bias is not layer.bias else seen.bias)
+    return seen, ", ".join(reasons)
+
+
+def _alone(module: nn.Module) -> nn.Module:
+    """A copy in eval mode without hooks; a layer without storage gets random numbers."""
     bare: Any = object.__new__(type(module))
     bare.__dict__.update(vars(module))
     # Without hooks, which may lead back to the whole model.
@@ -173,8 +240,8 @@ def _wide_copy(module: nn.Module) -> nn.Module:
         for tensor in [*layer.parameters(), *layer.buffers()]:
             if tensor.is_floating_point():
                 tensor.detach().normal_(generator=generator)
-    widened: nn.Module = layer.double().eval()
-    return widened
+    copied: nn.Module = layer.eval()
+    return copied
 
 
 def _inputs(layer: Any) -> Iterator[Tensor]:

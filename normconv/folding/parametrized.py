@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _Orthogonal, _SpectralNorm, _WeightNorm
 
-from normconv.folding.formulas import normed, spectrally_normed, wide
+from normconv.folding.formulas import is_another, normed, nudged, spectrally_normed, wide
 from normconv.folding.placing import Folded, Left, Made, Outcome, place_, plain_weight, rounded
 from normconv.layers import copy_model
 
@@ -100,9 +100,22 @@ def _value(chain: Any) -> tuple[Tensor, Tensor, str]:
             raise _Unsteady("its value changes from call to call")
         if not bool(value.isfinite().all()):
             raise _Unsteady("its value is not finite")
+    if own is not None and _asks_for_dtype(own, value, copied, originals):
+        said = f"computed in {str(own.dtype)[6:]}: in float64 it is another weight"
+        value, reason = wide(own), ", ".join(filter(None, (reason, said)))
     like = own if own is not None else originals[-1]
     same = (tensor for tensor in originals if tensor.shape == value.shape)
     return value, next(same, like).to(like.dtype), reason
+
+
+def _asks_for_dtype(own: Tensor, value: Tensor, copied: Any, originals: list[Tensor]) -> bool:
+    """Whether a chain computes another formula in float64 than in its own dtype."""
+    given = [nudged(tensor, own.dtype) for tensor in originals]
+    try:
+        moved, _ = _run(copied, given)
+    except Exception:  # it takes only numbers of a certain kind
+        moved = value
+    return is_another(own, value, moved, own.dtype)
 
 
 @torch.no_grad()

@@ -83,7 +83,7 @@ def fold(
         absorbed, kinds = _fold_affines_(twin, example_inputs, example_kwargs or {})
     settle_(twin)
     became: list[dict[str, Any]] = []
-    notes = [f"{row.site}: {row.reason}" for row in rows if row.reason]
+    notes = [f"{row.site or row.norm}: {row.reason}" for row in rows if row.reason]
     if standalone:
         became = plain_affines(twin, example_inputs, example_kwargs or {})
         notes += _became_notes(twin, became)

@@ -247,6 +247,19 @@ def test_models_without_storage_fold(make: Callable[..., nn.Module]) -> None:
     assert nc.fold(spectral).model[0].weight.is_meta
 
 
+class ByDtype(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * (2.0 if weight.dtype == torch.float32 else 3.0)
+
+
+def test_a_formula_that_asks_for_the_dtype_is_that_of_the_model_s() -> None:
+    net = nn.Sequential(under(ByDtype)(nn.Linear(3, 2)))
+    folded, report = nc.fold(net)
+    assert torch.equal(folded[0].weight, net[0].weight)
+    assert report.notes == ("0: computed in float32: in float64 it is another weight",)
+    assert nc.fold(net.double()).report.notes == ()
+
+
 class Noisy(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return weight + torch.randn_like(weight)

@@ -95,6 +95,53 @@ def test_the_weight_is_the_float64_value_rounded_once() -> None:
         assert relative_l2(weight, exact) <= torch.finfo(dtype).eps
 
 
+class ByDtypeConv2d(nn.Conv2d):
+    """The form of many diffusion models: its eps depends on the dtype of what it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        eps = 1e-5 if x.dtype == torch.float32 else 1e-3
+        var, mean = torch.var_mean(self.weight, (1, 2, 3), keepdim=True, unbiased=False)
+        weight = (self.weight - mean) * (var + eps).rsqrt()
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_a_formula_that_asks_for_the_dtype_is_that_of_the_model_s(dtype: torch.dtype) -> None:
+    net = nn.Sequential(ByDtypeConv2d(4, 6, 3)).to(dtype)
+    eps = 1e-5 if dtype == torch.float32 else 1e-3
+    exact = net[0].weight.detach().double()
+    var, mean = torch.var_mean(exact, (1, 2, 3), keepdim=True, unbiased=False)
+    folded, report = nc.fold(net)
+    assert relative_l2(folded[0].weight, (exact - mean) * (var + eps).rsqrt()) <= (
+        4 * torch.finfo(dtype).eps
+    )
+    said = ("0: computed in float32: in float64 it is another weight",)
+    assert report.notes == (said if dtype == torch.float32 else ())
+    assert folded[0].weight.dtype == dtype
+
+
+class DividingConv(nn.ConvTranspose1d):
+    """No eps: a filter without direction is 0 / 0."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        centred = self.weight - self.weight.mean((0, 2), keepdim=True)
+        weight = centred / centred.norm(dim=(0, 2), keepdim=True)
+        return F.conv_transpose1d(x, weight, self.bias)
+
+
+def test_filters_without_direction_become_zero_and_are_listed() -> None:
+    net, x = nn.Sequential(DividingConv(4, 5, 3)), torch.randn(2, 4, 6)
+    with torch.no_grad():
+        net[0].weight[:, 1::2] = 0.0
+        expected = net(x)
+    folded, report = nc.fold(net)
+    assert bool(expected[:, 1].isnan().all())
+    assert report.notes == ("0: 2 rows without direction became 0",)
+    assert not bool(folded[0].weight[:, 1::2].any())
+    assert torch.allclose(folded(x)[:, ::2], expected[:, ::2], atol=1e-6)
+    assert torch.allclose(folded(x)[:, 1], folded[0].bias[1])
+
+
 class CausalConv1d(nn.Conv1d):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(F.pad(input, (2, 0)))
@@ -146,8 +193,9 @@ class DriftingLinear(nn.Linear):
     [
         (PaddedWS(2, 3, 3), "does more than its operator"),
         (DriftingLinear(2, 3), "changes from call"),
+        (DividingConv(1, 3, 1), "is NaN"),  # one element less its mean has no direction ever
     ],
-    ids=["padded", "drifting"],
+    ids=["padded", "drifting", "nan"],
 )
 def test_a_computed_weight_without_a_plain_layer_is_left_and_named(
     layer: nn.Module, words: str
