@@ -11,6 +11,7 @@ from normconv.bridges.conventions import (
     AUTO,
     WEIGHT_NORMED,
     Held,
+    computed_otherwise,
     dialect_of,
     part_keys,
     recognised,
@@ -120,12 +121,20 @@ class _Weights:
         if self.unsaid:
             raise UsageError(self.unsaid)
         if not wanted:
-            what = "all its weights are plain already" if not self.held else "nothing changes"
-            raise LoadError(Problem(self.tensors.where or "the checkpoint", what))
+            raise LoadError(self._nothing_to_do())
         return [
             reformed(weight, origins.get(weight), parts, self.tensors, self._row(weight))
             for weight, parts in wanted.items()
         ]
+
+    def _nothing_to_do(self) -> Problem:
+        where = self.tensors.where or "the checkpoint"
+        if self.held:
+            return Problem(where, "nothing changes")
+        if other := computed_otherwise(self.tensors.specs):
+            what = f"of its weights {other[0]} is computed, and not by a weight norm"
+            return Problem(where, what, "fold the model: normconv fold")
+        return Problem(where, "all its weights are plain already")
 
     def _row(self, weight: str) -> SiteRow:
         was = self.convention if weight in self.held or dialect_of(self.convention) else "plain"

@@ -11,7 +11,16 @@ from typing import Literal
 from normconv.errors import LoadError, Problem
 from normconv.numerics import DIALECTS
 
-__all__ = ["AUTO", "CONVENTIONS", "WEIGHT_NORMED", "Held", "dialect_of", "part_keys", "recognised"]
+__all__ = [
+    "AUTO",
+    "CONVENTIONS",
+    "WEIGHT_NORMED",
+    "Held",
+    "computed_otherwise",
+    "dialect_of",
+    "part_keys",
+    "recognised",
+]
 
 AUTO = "auto"
 WEIGHT_NORMED = ("normconv-wn", "legacy-wn", "torch-wn")
@@ -113,6 +122,21 @@ def recognised(
     if problems:
         raise LoadError(problems)
     return {one.weight: one for one in held}, found if convention == AUTO else convention
+
+
+def computed_otherwise(keys: Iterable[str]) -> list[str]:
+    """Return the weights that something else than a weight norm computes, by their plain names.
+
+    >>> computed_otherwise(["0.weight_orig", "0.weight_u", "1.parametrizations.weight.original"])
+    ['0.weight', '1.weight']
+    """
+    found = []
+    for key in keys:
+        if key.endswith("_orig"):  # torch's spectral norm and pruning
+            found.append(key.removesuffix("_orig"))
+        elif (match := _PARAMETRIZED.fullmatch(key)) and match[3] == "original":
+            found.append(match[1] + match[2])
+    return found
 
 
 def _suffixed(shapes: Collection[str], problems: list[Problem]) -> Iterable[Held]:

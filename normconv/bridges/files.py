@@ -47,8 +47,9 @@ def convert_file(
     The output appears whole or not at all.
 
     Args:
-        source: ``.safetensors``, an index of shards (``….safetensors.index.json``), or a file of
-            `torch.save`, with the state dict as it is or nested (``{"generator": {...}}``).
+        source: ``.safetensors``, a file of `torch.save` with the state dict as it is or nested
+            (``{"generator": {...}}``), or an index of shards (``….safetensors.index.json``,
+            ``….bin.index.json``).
         out: ``.safetensors``, an index (of shards as the source has them), or ``.pt``, which keeps
             the nesting.
         to: the convention of the result.
@@ -97,7 +98,7 @@ def _chosen(found: Opened, request: Request, out: Path) -> list[str]:
     if len(sections) == 1:
         if not out.name.endswith(INDEX) or found.shards:
             return list(sections)
-        raise UsageError(Problem("OUT", "the source is no index of shards", "name a file"))
+        raise UsageError(Problem("OUT", "the source is no index of safetensors", "name a file"))
     listed, way_out = ", ".join(sections), f"choose with --key, e.g. --key {next(iter(sections))}"
     if not out.name.endswith(_PICKLED):
         what = f"safetensors do not nest, and there are state dicts under {listed}"

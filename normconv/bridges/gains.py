@@ -77,6 +77,8 @@ class GainRows:
 
     def is_of_layer(self, v: Shape) -> bool:
         """Say whether some layer of normconv has its gains so: one an output channel."""
+        if len(v) < 2:
+            return False
         one = self.axis is None and len(self.shape) == len(v) and 1 in v[:2]
         return bool(self.groups) or self.axis in (0, 1) or one
 
@@ -88,13 +90,17 @@ class GainRows:
             return weight.reshape(1, -1), RowLayout()
         if self.axis == 1:
             return weight, RowLayout(transposed=True)
+        if weight.dim() == 1:  # each number is a slice
+            return weight.reshape(-1, 1), RowLayout()
         return weight.movedim(self.axis, 0), RowLayout()
 
     def back(self, rows: Tensor, shape: Shape) -> Tensor:
         """Undo `rows`."""
         if self.groups or self.axis == 1:
             return rows
-        return rows.reshape(shape) if self.axis is None else rows.movedim(0, self.axis)
+        if self.axis is None or len(shape) == 1:
+            return rows.reshape(shape)
+        return rows.movedim(0, self.axis)
 
 
 def plain_weight(gain: Tensor, v: Tensor, rows: GainRows) -> tuple[Tensor, Tensor]:

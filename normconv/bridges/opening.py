@@ -11,7 +11,15 @@ from typing import Any
 
 from torch import nn
 
-from normconv.bridges.tensors import INDEX, InMemory, Tensors, open_shards
+from normconv.bridges.tensors import (
+    INDEX,
+    InMemory,
+    Tensors,
+    disagreements,
+    index_of,
+    missing_shard,
+    open_shards,
+)
 from normconv.errors import LoadError, Problem, UsageError
 from normconv.sources.checkpoints import candidates, choose, modules_in
 from normconv.sources.recognise import FileKind, recognise
@@ -19,6 +27,9 @@ from normconv.sources.safe_load import safe_load
 from normconv.sources.trust import Trust
 
 __all__ = ["Opened", "opened", "shapes_of"]
+
+
+_PICKLED_INDEX = ".bin.index.json"
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ def opened(path: Path, *, key: str | None = None, trust: Sequence[str] = ()) -> 
     """Open a checkpoint; what it holds can be read inside the block.
 
     Args:
-        path: ``.safetensors``, an index of such files, or a file of `torch.save`, which is mapped.
+        path: ``.safetensors``, a file of `torch.save`, which is mapped, or an index of either.
         key: only the weights under this dotted key.
         trust: what a file of `torch.save` may name beyond the list.
 
@@ -50,6 +61,11 @@ def opened(path: Path, *, key: str | None = None, trust: Sequence[str] = ()) -> 
         LoadError: it is damaged, a shard is missing, or it holds no weights or a whole model.
     """
     where, indexed = str(path), path.name.endswith(INDEX) and path.is_file()
+    if path.name.endswith(_PICKLED_INDEX) and path.is_file():
+        if key is not None:
+            raise UsageError(Problem("--key", f"{path.name} names tensors, which do not nest"))
+        yield Opened({"": _merged(path, Trust.parse(trust))})
+        return
     kind = FileKind.SAFETENSORS if indexed else recognise(path)
     if kind is FileKind.SAFETENSORS:
         if key is not None:
@@ -71,6 +87,28 @@ def opened(path: Path, *, key: str | None = None, trust: Sequence[str] = ()) -> 
     if not sections:
         raise LoadError(Problem(where, "holds no state dict", "pass a file with one"))
     yield Opened(sections, document)
+
+
+def _merged(path: Path, trust: Trust) -> InMemory:
+    """Map the files of `torch.save` that an index names, as one state dict."""
+    indexed = index_of(path)
+    problems: list[Problem] = []
+    held: dict[str, Mapping[str, Any]] = {}
+    for name in dict.fromkeys(indexed.values()):
+        file = path.parent / name
+        if not file.is_file():
+            problems.append(missing_shard(name, indexed))
+            continue
+        document = safe_load(file, recognise(file), trust, mmap=True)
+        found = [one.tensors for one in candidates(document) if not one.key]
+        if found:
+            held[name] = found[0]
+        else:
+            problems.append(Problem(str(file), "holds no state dict"))
+    problems += disagreements(indexed, {name: set(tensors) for name, tensors in held.items()})
+    if problems:
+        raise LoadError(problems)
+    return InMemory({key: held[name][key] for key, name in indexed.items()}, str(path))
 
 
 def shapes_of(

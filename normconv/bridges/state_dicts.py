@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from normconv.bridges.bridging import Bridge, bridged
-from normconv.bridges.conventions import AUTO
+from normconv.bridges.conventions import AUTO, computed_otherwise
 from normconv.bridges.jobs import Findings
 from normconv.bridges.opening import shapes_of
 from normconv.bridges.request import Request
@@ -169,6 +169,9 @@ def report_of(bridge: Bridge, tensors: Tensors, request: Request, findings: Find
     notes = [f"{weight}: {said}" for weight, said in findings.said.items()]
     if passed:
         notes.append(f"{len(passed)} keys passed through as they are: {_few(list(passed))}")
+    if other := computed_otherwise(bridge.passed):
+        said = "computed by another parametrization, and left so; normconv fold takes the model"
+        notes.append(f"{_few(other)}: {said}")
     if bridge.dropped:
         notes.append(f"{len(bridge.dropped)} keys of norms are gone: {_few(list(bridge.dropped))}")
     return Report(

@@ -17,7 +17,18 @@ from normconv.errors import LoadError, Problem
 from normconv.sources.saving import SHARED
 from normconv.sources.tensor_file import json_of
 
-__all__ = ["DTYPES", "INDEX", "Files", "InMemory", "Spec", "Tensors", "open_shards"]
+__all__ = [
+    "DTYPES",
+    "INDEX",
+    "Files",
+    "InMemory",
+    "Spec",
+    "Tensors",
+    "disagreements",
+    "index_of",
+    "missing_shard",
+    "open_shards",
+]
 
 INDEX = ".safetensors.index.json"
 
@@ -158,17 +169,15 @@ def open_shards(path: Path) -> Iterator[Files]:
     """
     from safetensors import SafetensorError, safe_open
 
-    indexed = _index(path) if path.name.endswith(INDEX) else None
+    indexed = index_of(path) if path.name.endswith(INDEX) else None
     files = [path.name] if indexed is None else list(dict.fromkeys(indexed.values()))
     problems: list[Problem] = []
     handles: dict[str, Any] = {}
     with ExitStack() as stack:
         for name in files:
             file = path.parent / name
-            if not file.is_file():
-                keys = [key for key, home in (indexed or {}).items() if home == name]
-                what = f"the shard {name} is missing" if indexed else "there is no such file"
-                problems.append(Problem(_first_of(keys) or str(path), what, "copy it here too"))
+            if indexed is not None and not file.is_file():
+                problems.append(missing_shard(name, indexed))
                 continue
             try:
                 handle = safe_open(str(file), framework="pt", device="cpu")
@@ -179,19 +188,24 @@ def open_shards(path: Path) -> Iterator[Files]:
         held = {name: set(handle.keys()) for name, handle in handles.items()}
         homes = {key: name for name, keys in held.items() for key in keys}
         if indexed is not None:
-            problems += _disagreements(indexed, held)
+            problems += disagreements(indexed, held)
         if problems:
             raise LoadError(problems)
         yield Files(str(path), handles, dict(sorted(homes.items())) if indexed is None else indexed)
 
 
-def _index(path: Path) -> dict[str, str]:
+def index_of(path: Path) -> dict[str, str]:
+    """Return the file of each tensor that an index names.
+
+    Raises:
+        LoadError: it is no such index, or names what is not a file beside it.
+    """
     where = str(path)
     try:
         indexed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         items = dict(indexed)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        what = f"is no index of safetensors files ({type(error).__name__}: {error})"
+        what = f"is no index of shards ({type(error).__name__}: {error})"
         raise LoadError(Problem(where, what)) from None
     strange = [k for k, v in items.items() if not isinstance(v, str) or Path(v).name != v]
     if strange or not items:
@@ -200,7 +214,14 @@ def _index(path: Path) -> dict[str, str]:
     return items
 
 
-def _disagreements(indexed: Mapping[str, str], held: Mapping[str, set[str]]) -> Iterator[Problem]:
+def missing_shard(name: str, indexed: Mapping[str, str]) -> Problem:
+    """Say that a shard is not there, naming keys that it should hold."""
+    keys = [key for key, home in indexed.items() if home == name]
+    return Problem(_first_of(keys), f"the shard {name} is missing", "copy it here too")
+
+
+def disagreements(indexed: Mapping[str, str], held: Mapping[str, set[str]]) -> Iterator[Problem]:
+    """Yield the keys that an index and its shards do not have alike."""
     for key, name in indexed.items():
         if name in held and key not in held[name]:
             yield Problem(key, f"the index has it in {name}, which does not hold it")

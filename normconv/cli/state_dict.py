@@ -60,7 +60,7 @@ def convert(
         Path,
         typer.Argument(
             metavar="IN",
-            help="A .safetensors, an index of shards (….safetensors.index.json) or a .pt.",
+            help="A .safetensors, a .pt, or an index of shards (….index.json).",
             show_default=False,
         ),
     ],

@@ -120,6 +120,31 @@ def test_shards_that_do_not_fit_their_index(tmp_path: Path) -> None:
     assert not out.exists()
 
 
+def test_shards_of_torch_save(tmp_path: Path) -> None:
+    names = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
+    homes = {key: names[key.endswith("_v")] for key in weight_normed()}
+    for name in names:
+        own = {key: value for key, value in weight_normed().items() if homes[key] == name}
+        torch.save(own, tmp_path / name)
+    index, out = tmp_path / "pytorch_model.bin.index.json", tmp_path / "out.safetensors"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": homes}))
+    convert_file(index, out)
+    assert same(load_file(out), convert_state_dict(weight_normed()).state_dict)
+    with pytest.raises(nc.UsageError, match="no index of safetensors"):
+        convert_file(index, tmp_path / "out.safetensors.index.json")
+    with pytest.raises(nc.UsageError, match="do not nest"):
+        convert_file(index, out, key="generator")
+    torch.save({"c.bias": torch.ones(1)}, tmp_path / names[0])
+    with pytest.raises(nc.LoadError) as refused:
+        convert_file(index, tmp_path / "no.safetensors")
+    assert {"a.weight_g", "c.bias"} <= {problem.where for problem in refused.value.problems}
+    torch.save([1], tmp_path / names[0])
+    (tmp_path / names[1]).unlink()
+    with pytest.raises(nc.LoadError, match=r"(?s)no state dict.*00002-of-00002.bin is missing"):
+        convert_file(index, tmp_path / "no.safetensors")
+    assert not (tmp_path / "no.safetensors").exists()
+
+
 def test_nested_dicts_keep_their_nesting(tmp_path: Path) -> None:
     source, out = tmp_path / "in.pt", tmp_path / "out.pt"
     document = {
@@ -176,7 +201,7 @@ def test_outputs_that_cannot_be(tmp_path: Path) -> None:
         convert_file(source, source)
     with pytest.raises(nc.UsageError, match="does not end in"):
         convert_file(source, tmp_path / "out.onnx")
-    with pytest.raises(nc.UsageError, match="no index of shards"):
+    with pytest.raises(nc.UsageError, match="no index of safetensors"):
         convert_file(source, tmp_path / "out.safetensors.index.json")
     with pytest.raises(nc.UsageError, match="no such file"):
         convert_file(tmp_path / "im.safetensors", tmp_path / "out.pt")

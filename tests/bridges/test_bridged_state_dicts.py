@@ -237,3 +237,29 @@ def test_what_spectral_norm_computes_from_is_not_split() -> None:
     made, _ = convert_state_dict(net.state_dict(), "legacy-wn", layers="*", dim=0)
     assert {"0.weight_orig", "1.weight_g", "1.weight_v"} <= made.keys()
     assert "0.weight_orig_g" not in made
+
+
+def test_what_else_computes_weights_is_named() -> None:
+    spectral = nn.Sequential(torch.nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2)))
+    with pytest.raises(nc.LoadError, match=r"0\.weight is computed, and not by a weight norm"):
+        convert_state_dict(spectral.state_dict())
+    spectral.append(parametrized(nn.Linear(2, 2)))
+    spectral.append(torch.nn.utils.spectral_norm(nn.Linear(2, 2)))
+    made, report = convert_state_dict(spectral.state_dict())
+    assert "1.weight" in made
+    assert report.notes[-1].startswith("0.weight, 2.weight: computed by another parametrization")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tensors_of_one_axis(form: str) -> None:
+    """Each of their numbers is a direction: g · sign(v)."""
+    net = nn.Sequential(FORMS[form](nn.LayerNorm(3)))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(torch.tensor([2.0, -3.0, 0.5]))
+    made, _ = convert_state_dict(net.state_dict())
+    assert made["0.weight"].tolist() == [2.0, 3.0, 0.5]
+    again, _ = convert_state_dict(made, form, like=net.state_dict())
+    assert again.keys() == net.state_dict().keys()
+    with pytest.raises(nc.LoadError, match="no layer of normconv"):
+        convert_state_dict(net.state_dict(), "normconv-wn", from_=form)
