@@ -4,8 +4,8 @@
 
 Weight norm: a small model, at random weights, of every modelling file of the installed transformers that
 calls weight norm; what the model's own `remove_weight_norm` does to it, and what `nc.fold` does, whose
-outputs are held against a float64 run of the model before. Standardized convolutions: members of timm's
-families, one block a stage, and of transformers, folded and exported to ONNX. The tables of the page
+outputs are held against a float64 run of the model before. Standardized convolutions: members of each of
+timm's families, most with one block a stage, and of transformers, folded and exported to ONNX. The tables of the page
 beside the JSON file are written from it; with ``--tables`` nothing is run.
 """
 
@@ -33,11 +33,25 @@ from normconv.proof import prove
 from normconv.report import Check
 
 _SHALLOW = {"depths": (1, 1, 1, 1)}
+_HYBRID = {"img_size": 64, "depth": 1}
+# Of each family; those without options are whole.
 TIMM: dict[str, dict[str, Any]] = {
+    "resnetv2_50x1_bit": {},
+    "resnetv2_101x1_bit": {},
     "nf_resnet26": _SHALLOW,
+    "nf_resnet50": _SHALLOW,
+    "nf_seresnet26": _SHALLOW,
+    "nf_ecaresnet26": _SHALLOW,
     "nf_regnet_b0": _SHALLOW,
+    "nf_regnet_b1": _SHALLOW,
+    "nfnet_f0": _SHALLOW,
+    "nfnet_l0": _SHALLOW,
+    "eca_nfnet_l0": _SHALLOW,
     "dm_nfnet_f0": _SHALLOW,
-    "vit_tiny_r_s16_p8_224": {"img_size": 64, "depth": 1},
+    "dm_nfnet_f1": _SHALLOW,
+    "vit_tiny_r_s16_p8_224": _HYBRID,
+    "vit_small_r26_s32_224": _HYBRID,
+    "vit_base_r50_s16_224": _HYBRID,
 }
 BIT = {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 1, 1]}
 PADDINGS = {"BitModel": None, "BitModel, padded as TensorFlow does": "SAME"}
