@@ -5,8 +5,8 @@
 Weight norm: a small model, at random weights, of every modelling file of the installed transformers that
 calls weight norm; what the model's own `remove_weight_norm` does to it, and what `nc.fold` does, whose
 outputs are held against a float64 run of the model before. Standardized convolutions: members of each of
-timm's families, most with one block a stage, and of transformers, folded and exported to ONNX. The tables of the page
-beside the JSON file are written from it; with ``--tables`` nothing is run.
+timm's families, most with one block a stage, and of transformers, folded and exported to ONNX. The tables
+of the page beside the JSON file are written from it; with ``--tables`` nothing is run.
 """
 
 from __future__ import annotations

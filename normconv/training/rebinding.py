@@ -11,11 +11,11 @@ from torch.optim import Optimizer
 
 from normconv.errors import Problem, UsageError
 from normconv.graph import is_norm
-from normconv.layers import Reparametrised, row_layouts
-from normconv.numerics import RowLayout, scale_rows
+from normconv.layers import Reparametrised
 from normconv.plan import history_of
 from normconv.report import Report
 from normconv.surgery import Result
+from normconv.training.momentum import Momentum
 
 __all__ = ["Rebound", "rebind", "rebind_"]
 
@@ -82,9 +82,10 @@ def rebind_(
     are in number and options, so that schedules go on.
 
     With ``state="map"`` SGD's momentum m of a weight W goes to its successors. Where the new weight is
-    s · W row by row, that of W' = s · W is m / s, and g and v get the pullback of that. Adam and its
-    relatives start anew for those, both moments: the second moment of g is no function of that of W, and
-    the first is scaled by it.
+    s · W row by row, that of W' = s · W is m / s, and g and v get the pullback of that. A bias that took
+    a norm's β goes on with β's momentum, and so does a `ChannelAffine`: with scale = γ/σ and
+    shift = β − scale · μ its scale gets σ · m(γ) + μ · m(β). Adam and its relatives start anew for those,
+    both moments: the second moment of g is no function of that of W, and the first is scaled by it.
 
     Args:
         optimizer: built for `original`; changed.
@@ -131,14 +132,13 @@ class _Rebinding:
             for parameter in group["params"]
         }
         self._rewritten = _rewritten(model, original)
-        # A norm before a layer scales columns and shifts into the bias: W alone has no chain rule there.
-        self._after = _rewritten(model, original, sides=("consumers",))
         self._notes: list[str] = []
 
     def carry_out(self) -> Report:
         old = self._held = self._old_parameters()
         groups: list[list[nn.Parameter]] = [[] for _ in self._optimizer.param_groups]
         states: dict[Tensor, dict[str, Any]] = {}
+        momentum = self._momentum()
         facts: dict[str, list[str]] = {
             name: [] for name in ("kept", "fresh", "mapped", "gone", "left out")
         }
@@ -157,7 +157,7 @@ class _Rebinding:
                     if parameter.requires_grad:
                         facts["left out"].append(name)
                     continue
-                carried = self._carried(name, old) if self._map else None
+                carried = momentum.of(name, parameter) if momentum is not None else None
                 if carried is not None:
                     states[parameter] = {"momentum_buffer": carried}
                 facts["fresh" if carried is None else "mapped"].append(name)
@@ -174,6 +174,14 @@ class _Rebinding:
         return Report(
             "rebind", type(self._optimizer).__name__, facts=facts, notes=tuple(self._notes)
         )
+
+    def _momentum(self) -> Momentum | None:
+        if not self._map or self._original is None:
+            return None
+        # A norm before a layer scales columns and shifts into the bias: W alone has no chain rule there.
+        after = _rewritten(self._model, self._original, sides=("consumers",))
+        took = {layer: site for layer, site in self._rewritten.items() if layer not in after}
+        return Momentum(self._optimizer, self._original, self._model, took, frozenset(after))
 
     def _old_parameters(self) -> dict[str, nn.Parameter]:
         if self._original is not None:
@@ -250,32 +258,6 @@ class _Rebinding:
                 return self._group_of[id(beta)]
         return numbers[0]
 
-    def _carried(self, name: str, old: dict[str, nn.Parameter]) -> Tensor | None:
-        """The momentum of a weight's successor, where the optimizer is SGD."""
-        owner, _, last = name.rpartition(".")
-        layer = self._model.get_submodule(owner)
-        parts = {last: last}
-        if isinstance(layer, Reparametrised):
-            parts = {part: weight for weight in layer.weights for part in layer.parts(weight)}
-        weight = parts.get(last, "")
-        before = old.get(f"{owner}.{weight}".lstrip("."))
-        layout = row_layouts(layer).get(weight)
-        if before is None or layout is None or self._original is None or owner in self._after:
-            return None
-        momentum = self._optimizer.state.get(before, {}).get("momentum_buffer")
-        if momentum is None or set(self._optimizer.state[before]) != {"momentum_buffer"}:
-            return None
-        if not isinstance(layer, Reparametrised):
-            value: Tensor = getattr(layer, weight)
-            return _by_rows(momentum, before, value, layout)
-        value, _ = layer.true_weight(weight)
-        rows = _by_rows(momentum, before, value, layout).double().unsqueeze(0)
-        gain, v = layer.gain_and_v(weight)
-        by_gain, by_v = layer.pullback(weight).both_(rows)
-        if last == layer.parts(weight)[0]:
-            return by_gain[0].reshape(gain.shape).to(gain.dtype)
-        return by_v[0].to(v.dtype)
-
     def _note_restarts(self, fresh: list[str]) -> None:
         if not self._map:
             return
@@ -290,25 +272,9 @@ class _Rebinding:
         elif any("momentum_buffer" in values for values in states) and fresh:
             self._notes.append(
                 f"the momentum of {len(fresh)} parameters restarts: it is carried from a weight to the "
-                "(g, v) made of it, not back, and not through a norm that went into the layer after it"
+                "(g, v) made of it and from β to the bias that took it, not back, and not through a norm "
+                "that went into the layer after it"
             )
-
-
-@torch.no_grad()
-def _by_rows(momentum: Tensor, before: Tensor, after: Tensor, layout: RowLayout) -> Tensor:
-    """Return m / s row by row, where the weight that was W is s · W; 0 where s is."""
-    wide, new = before.detach().double(), after.detach().double()
-    sums = [_row_sums(wide * other, layout) for other in (new, wide)]
-    scale = sums[0] / torch.where(sums[1] == 0, torch.ones_like(sums[1]), sums[1])
-    inverse = torch.where(scale == 0, torch.zeros_like(scale), 1 / scale)
-    return scale_rows(momentum.double(), inverse, layout).to(momentum.dtype)
-
-
-def _row_sums(values: Tensor, layout: RowLayout) -> Tensor:
-    if not layout.transposed:
-        return values.flatten(1).sum(1)
-    split = layout.split(values)
-    return split.sum([1, *range(3, split.dim())]).flatten()
 
 
 def _rewritten(

@@ -88,7 +88,7 @@ def test_momentum_goes_through_the_chain_rule() -> None:
     result = nc.convert(net, "wn", example_inputs=(x,), layers="all")
     new, report = rebind(optimizer, result, net, state="map")
     result.model(x).square().mean().backward()
-    names = {n for at in (0, 3, 5) for n in (f"{at}.weight_g", f"{at}.weight_v")}
+    names = {n for at in (0, 3, 5) for n in (f"{at}.weight_g", f"{at}.weight_v")} | {"0.bias"}
     assert set(report.facts["mapped"]) == names
     for name, parameter in result.model.named_parameters():
         if name in names:
@@ -99,9 +99,41 @@ def test_momentum_goes_through_the_chain_rule() -> None:
     new, report = rebind(optimizer, plain, net, state="map")
     plain(x).square().mean().backward()
     weight = plain.get_parameter("0.weight")
-    assert report.facts["mapped"] == ["0.weight"]
+    assert report.facts["mapped"] == ["0.weight", "0.bias"]
     assert weight.grad is not None
     assert torch.allclose(new.state[weight]["momentum_buffer"], weight.grad, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("to", "carried"),
+    [
+        ("frozen", []),  # its scale and shift are not trained
+        ("plain", ["1.scale", "1.shift", "3.weight", "3.bias"]),
+        ("wn", ["1.scale", "1.shift", "3.weight_g", "3.weight_v", "3.bias"]),
+        ("gn", ["3.weight"]),  # its γ and β are there still, of another norm
+    ],
+)
+def test_what_took_a_norm_s_place_goes_on_with_its_momentum(to: str, carried: list[str]) -> None:
+    net = nn.Sequential(
+        nn.ReLU(), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)
+    )
+    for norm in (net[1], net[4]):
+        for tensor in (norm.weight, norm.bias, norm.running_mean):
+            nn.init.normal_(tensor)
+        nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    net, x = net.double().eval(), torch.randn(3, 4, 5, 5).double()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0, momentum=0.9)
+    step(net, optimizer, x)  # lr 0: the buffers are the gradients at these very weights
+    model = nc.convert(net, to, example_inputs=(x,), strict=False).model.eval()
+    new, report = rebind(optimizer, model, net, state="map")
+    assert report.facts["mapped"] == carried
+    model(x).square().mean().backward()
+    for name in carried if to != "gn" else ():
+        parameter = model.get_parameter(name)
+        assert parameter.grad is not None
+        assert torch.allclose(
+            new.state[parameter]["momentum_buffer"], parameter.grad, rtol=1e-9, atol=1e-12
+        ), name
 
 
 @pytest.mark.parametrize("make", [weight_norm_, weight_standardize_])
