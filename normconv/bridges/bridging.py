@@ -143,6 +143,8 @@ class _Weights:
     # What the file has.
 
     def _origin(self, held: Held) -> Origin:
+        if not held.gain:
+            return self._standardized(held.weight, held)
         gain = self.tensors.specs[held.gain].shape
         v = self.tensors.specs[held.v].shape
         rows = GainRows.between(gain, v)

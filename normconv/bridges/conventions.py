@@ -41,7 +41,7 @@ class Held:
     Args:
         weight: the name that the weight has where it is plain.
         form: ``wn`` for g · v / ‖v‖, ``log`` for e^(c·s) · v / ‖v‖, ``standardized`` otherwise.
-        gain: the key of g, s or the gain; empty where there is none.
+        gain: the key of g, s or the gain; empty where a weight is standardized without one.
         v: the key of v.
         family: what the keys look like, for the reader.
     """
@@ -110,6 +110,8 @@ def recognised(
         ]
     if not held and convention in (AUTO, "ws-nf"):
         held = list(_scaled(shapes))
+    elif not held and dialect_of(convention):
+        held = list(_parametrized_alone(shapes))
     problems += [
         Problem(one.weight, f"is there beside {one.v}, from which it is computed")
         for one in held
@@ -184,6 +186,17 @@ def _parametrized(shapes: Iterable[str], problems: list[Problem]) -> Iterable[He
             problems.append(Problem(others[0], what, "fold the model: normconv fold"))
         else:
             yield Held(weight, "wn", chain["original0"], chain["original1"], _TORCH)
+
+
+def _parametrized_alone(shapes: Mapping[str, tuple[int, ...]]) -> Iterable[Held]:
+    """Filters under one parametrization without parameters: Composer's weight standardization."""
+    chains: dict[str, list[str]] = defaultdict(list)
+    for key in shapes:
+        if match := _PARAMETRIZED.fullmatch(key):
+            chains[match[1] + match[2]].append(key)
+    for weight, keys in chains.items():
+        if len(keys) == 1 and keys[0].endswith(".original") and len(shapes[keys[0]]) > 2:
+            yield Held(weight, "standardized", "", keys[0], _TORCH)
 
 
 def _scaled(shapes: Mapping[str, tuple[int, ...]]) -> Iterable[Held]:

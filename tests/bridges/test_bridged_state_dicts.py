@@ -210,6 +210,30 @@ def test_the_standardized_convolutions_of_timm() -> None:
     torch.testing.assert_close(conv(x), scaled(x))
 
 
+class Standardizer(nn.Module):
+    """Composer's."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        var, mean = torch.var_mean(weight, (1, 2, 3), keepdim=True, unbiased=False)
+        return (weight - mean) / (var + 1e-10).sqrt()
+
+
+def test_a_parametrization_that_standardizes() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(2, 2), nn.Linear(2, 2))
+    torch.nn.utils.parametrize.register_parametrization(net[0], "weight", Standardizer())
+    torch.nn.utils.parametrizations.spectral_norm(net[1])
+    state_dict = net.state_dict()
+    with pytest.raises(nc.LoadError, match=r"0\.weight is computed"):
+        convert_state_dict(state_dict)
+    plain, report = convert_state_dict(state_dict, from_="ws-bit")
+    assert [row.site for row in report.sites] == ["0.weight"]
+    expected = nc.fold(net).model.state_dict()["0.weight"]
+    assert ulps(plain["0.weight"], expected) <= 1
+    assert "1.parametrizations.weight.original" in plain
+    with pytest.raises(nc.LoadError, match="become plain ones first"):
+        convert_state_dict(state_dict, "legacy-wn", from_="ws-bit", layers="2")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtypes_are_kept(dtype: torch.dtype) -> None:
     plain = {name: value.to(dtype) for name, value in vocoder().state_dict().items()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -163,6 +165,16 @@ def test_standalone_is_the_default(tmp_path: Path) -> None:
     alone = nc.load(tmp_path / "net.folded.pt")
     homes = {type(module).__module__.partition(".")[0] for module in alone.modules()}
     assert "normconv" not in homes
+    blocked = (
+        "import sys, torch; sys.modules['normconv'] = None; "
+        "net = torch.load(sys.argv[1], weights_only=False); "
+        "print(type(net).__name__, tuple(net(torch.ones(2, 3, 8, 8)).shape))"
+    )
+    words = [sys.executable, "-I", "-c", blocked, str(tmp_path / "net.folded.pt")]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "Sequential (2, 4, 6, 6)"
+    refused = subprocess.run([*words[:-1], str(tmp_path / "with.pt")], capture_output=True)
+    assert refused.returncode != 0  # the block works
     kept = nc.load(tmp_path / "with.pt")
     assert any(isinstance(module, ChannelAffine) for module in kept.modules())
 
