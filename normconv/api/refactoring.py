@@ -42,7 +42,8 @@ def refactor(
         model: not changed.
         to: ``wn``, ``ws`` or ``bn``.
         like: ``bn``: the original, what makes one, or a file or spec of one; needed where the model has
-            no history. ``wn``, ``ws``: a model whose reparametrised layers are meant.
+            no history. ``wn``, ``ws``: a model whose reparametrised layers are meant, under torch's
+            weight norm too.
         layers: ``wn``, ``ws``: ``all``, or globs of names; None takes those that the history or `like`
             says were reparametrised.
         example_inputs: positional inputs, on which result and model are compared; without them nothing

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from normconv.errors import Problem, UsageError
+from normconv.folding.torch_weight_norm import hooked_names, parametrized_names
 from normconv.layers import (
     Reparametrised,
     WeightStandardized,
@@ -48,7 +49,8 @@ def refactor_layers(
         to: ``wn`` or ``ws``.
         layers: ``all``, or globs of layers' names; None for those that `like` or the model's own history
             says were reparametrised.
-        like: a model of the same names whose reparametrised layers are meant.
+        like: a model of the same names whose reparametrised layers are meant, under torch's weight norm
+            too.
 
     Raises:
         UsageError: nothing says which layers, a glob matches none, or a layer cannot be taken; lists all.
@@ -158,7 +160,7 @@ def _dialects(
     return {
         name: module.dialect if isinstance(module, WeightStandardized) else "timm"
         for name, module in like.named_modules()
-        if isinstance(module, Reparametrised)
+        if isinstance(module, Reparametrised) or hooked_names(module) or parametrized_names(module)
     }
 
 

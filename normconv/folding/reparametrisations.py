@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 from normconv.errors import Problem
@@ -26,6 +27,13 @@ def fold_weights_(model: nn.Module) -> tuple[list[SiteRow], list[Problem]]:
     rows, left, gone = [], [], set[int]()
     for name, module in list(model.named_modules()):
         if id(module) in gone:
+            continue
+        if isinstance(module, torch.jit.ScriptModule):
+            gone |= {id(part) for part in module.modules()}
+            what = "is TorchScript: whether it computes weights does not show"
+            left.append(
+                Problem(name or type(module).__name__, what, "fold the module it is made of")
+            )
             continue
         before = list(module.modules())
         for outcome in _fold_(model, name, module, names, made):

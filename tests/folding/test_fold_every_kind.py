@@ -291,6 +291,16 @@ def test_parametrizations_without_a_value_are_left_and_named(
     assert any(n.startswith("0: ") and part.__name__ in n and words in n for n in report.notes)
 
 
+def test_compiled_code_is_left_and_named() -> None:
+    with pytest.warns(FutureWarning, match="trace"):
+        traced = torch.jit.trace(nn.Sequential(old_weight_norm(nn.Linear(3, 2))), torch.ones(1, 3))
+    net = nn.Sequential(traced, parametrizations.weight_norm(nn.Linear(2, 2)))
+    folded, report = nc.fold(net)
+    assert report.facts == {"folded": {"torch weight_norm (parametrization)": 1}, "left": 1}
+    assert report.notes[-1].startswith("0: is TorchScript")
+    assert torch.allclose(folded(torch.ones(1, 3)), net(torch.ones(1, 3)))
+
+
 def test_one_of_two_parametrized_tensors_can_be_left() -> None:
     layer = parametrizations.weight_norm(nn.LSTMCell(3, 4), "weight_hh")
     parametrize.register_parametrization(layer, "weight_ih", Noisy())

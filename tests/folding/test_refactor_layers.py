@@ -114,6 +114,18 @@ def test_like_says_which_layers() -> None:
         nc.refactor(plain, like=unfolded, layers="all")
 
 
+def test_like_under_torch_s_weight_norm() -> None:
+    vocoder = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Conv1d(3, 4, 3)),
+        nn.Conv1d(4, 4, 1),
+        nn.utils.parametrizations.weight_norm(nn.ConvTranspose1d(4, 2, 4), dim=1),
+    )
+    again = nc.refactor(nc.fold(vocoder).model, like=vocoder).model
+    assert [isinstance(layer, Reparametrised) for layer in again] == [True, False, True]
+    x = torch.randn(1, 3, 9)
+    assert torch.allclose(again(x), vocoder(x), atol=1e-6)
+
+
 @pytest.mark.parametrize("dialect", ["timm", "qiao", "bit", "nf"])
 def test_standardized_weights_come_back(dialect: str) -> None:
     made = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
