@@ -20,7 +20,7 @@ from normconv.deploy.parity import backend_parity
 from normconv.deploy.program import Program, batch_size, named_inputs, to_onnx
 from normconv.deploy.session import onnxruntime_module
 from normconv.deploy.write import data_path, draft, publish, save
-from normconv.errors import CheckFailed, Problem, UsageError
+from normconv.errors import CheckFailed, Problem, Refused, UsageError
 from normconv.folding import fold
 from normconv.numerics import give_back_memory
 from normconv.report import Check, Report
@@ -70,6 +70,7 @@ def export_onnx(
 
     Raises:
         UsageError: an opset out of range, names that do not fit.
+        Refused: an LSTM with a projection, which ONNX has not.
         CaptureError: no graph could be made.
         MissingDependency: no ONNX Runtime to check with.
         CheckFailed: a check failed; the file stands at ``NAME.rejected`` and `path` is untouched.
@@ -77,6 +78,7 @@ def export_onnx(
     args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
     kwargs = dict(example_kwargs or {})
     opset = _checked_opset(opset)
+    _refuse_projections(model)
     if check:
         onnxruntime_module()  # missing: say so before the work
     clock = _Clock()
@@ -141,6 +143,21 @@ def _checked_opset(opset: int | None) -> int:
             )
         )
     return opset
+
+
+def _refuse_projections(model: nn.Module) -> None:
+    """Torch writes a node for them that no runtime takes."""
+    problems = [
+        Problem(
+            name or type(module).__name__,
+            f"is an LSTM with proj_size={module.proj_size}, and ONNX's LSTM has no projection",
+            "export a model without it, or run it in PyTorch",
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, nn.LSTM) and module.proj_size
+    ]
+    if problems:
+        raise Refused(problems)
 
 
 def _program(

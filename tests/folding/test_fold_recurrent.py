@@ -109,11 +109,17 @@ class Tagger(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("kind", "layer"), [("ours", "LSTM"), ("parametrization", "LSTM"), ("hook", "GRU")]
+    ("kind", "layer", "bidirectional"),
+    [
+        ("ours", "LSTM", False),
+        ("parametrization", "LSTM", False),
+        ("parametrization", "LSTM", True),
+        ("hook", "GRU", True),
+    ],
 )
-def test_exports_to_one_node(kind: str, layer: str, tmp_path: Path) -> None:
+def test_exports_to_one_node(kind: str, layer: str, bidirectional: bool, tmp_path: Path) -> None:
     make: Any = getattr(nn, layer)
-    net = Tagger(KINDS[kind](make(3, 4, batch_first=True))).eval()
+    net = Tagger(KINDS[kind](make(3, 4, batch_first=True, bidirectional=bidirectional))).eval()
     report = nc.export_onnx(
         net, tmp_path / "m.onnx", example_inputs=(torch.randn(2, 5, 3),), check=False
     )
@@ -125,3 +131,10 @@ def test_exports_to_one_node(kind: str, layer: str, tmp_path: Path) -> None:
     node = next(node for node in model.graph.node if node.op_type == layer)
     stored = {tensor.name for tensor in model.graph.initializer}
     assert set(node.input[1:3]) <= stored
+
+
+def test_a_projection_has_no_node(tmp_path: Path) -> None:
+    net = Tagger(nn.LSTM(3, 4, batch_first=True, proj_size=2))
+    with pytest.raises(nc.NormconvError, match="layer: is an LSTM with proj_size=2"):
+        nc.export_onnx(net, tmp_path / "m.onnx", example_inputs=(torch.randn(2, 5, 3),))
+    assert not list(tmp_path.iterdir())
