@@ -3,7 +3,7 @@
     python -m benchmarks.seeds --data DIR        # the folder with MNIST (idx) and CIFAR-10 (zips)
 
 Runs `normconv compare` for each, one after the other, and keeps its JSON, CSV and picture. What has been
-run is not run again; `--only NAME` runs one.
+run is not run again; `--only NAME` runs one. Pictures are drawn again from the JSON each time.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 from benchmarks.machine import machine
 from benchmarks.markers import RESULTS, fill
 from normconv.files import write_json
+from normconv.report.curves_plot import plot_curves
 
 FOLDER = RESULTS / "seeds"
 _MNIST = "--data-dir data --test-share 0.2"
@@ -57,8 +58,12 @@ def run(name: str, data: Path, work: Path) -> None:
     document["machine"] = machine()
     FOLDER.mkdir(exist_ok=True)
     shutil.copyfile(out / "curves.csv", FOLDER / f"{name}.csv")
-    shutil.copyfile(out / "curves.png", FOLDER / f"{name}.png")
     write_json(FOLDER / f"{name}.json", document)
+
+
+def _document(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text())
+    return found
 
 
 def _number(row: dict[str, Any], key: str) -> str:
@@ -74,7 +79,7 @@ def _number(row: dict[str, Any], key: str) -> str:
 
 def table(name: str) -> list[str]:
     """Return the table of one comparison: what the runs end on, and what a step takes."""
-    document = json.loads((FOLDER / f"{name}.json").read_text())
+    document = _document(name)
     summary = document["summary"]
     columns = {
         "test_accuracy": "right, test",
@@ -113,6 +118,8 @@ def main() -> None:
             if not (FOLDER / f"{name}.json").exists():
                 run(name, options.data.resolve(), work)
     done = [name for name in RUNS if (FOLDER / f"{name}.json").exists()]
+    for name in done:
+        plot_curves(_document(name), FOLDER / f"{name}.png")
     fill(RESULTS / "seeds.md", {name: partial(table, name) for name in done})
 
 

@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from normconv.calibration.batches import Batches, DataUse, Source, check_use, no
 from normconv.calibration.drift import Progress
 from normconv.calibration.init_report import init_report
 from normconv.calibration.init_sites import InitSite, LayerSite, divide_tied, init_sites
+from normconv.calibration.noise import noise_on
 from normconv.calibration.observing import observe
 from normconv.calibration.order import independent_groups
 from normconv.calibration.ranks import of_all_ranks
@@ -43,6 +44,7 @@ def initialise(
     *,
     fresh: bool = False,
     v_std: float | None = None,
+    dropout: bool = False,
     seed: int = 0,
     data_use: DataUse = "public",
     progress: Progress | None = None,
@@ -55,9 +57,10 @@ def initialise(
     mean-only or not, gets the mean and variance of what reaches it as running statistics, so that eval
     mode computes what training mode does on all of the data.
 
-    The model runs in eval mode: no dropout, nothing random. A layer that a forward calls several times
-    has its calls pooled; where they feed each other this is repeated until it holds. A gain of 0 stays
-    0, and a channel that does not vary keeps what it has; the report names both.
+    The model runs in eval mode: no dropout, nothing random, unless ``dropout`` leaves it on. A layer that
+    a forward calls several times has its calls pooled; where they feed each other this is repeated until
+    it holds. A gain of 0 stays 0, and a channel that does not vary keeps what it has; the report names
+    both.
 
     Args:
         model: with weight-normed Linear, Conv1d-3d or ConvTranspose1d-3d layers, as `convert` and `wrap`
@@ -66,7 +69,9 @@ def initialise(
             counts as one batch.
         fresh: take a model that looks trained; what it learnt of sizes is lost.
         v_std: first draw every v of those layers from N(0, v_std²); 0.05 in the paper. None keeps v.
-        seed: of that draw.
+        dropout: leave dropout, and what else is random in training, on: what is standard then is what
+            the first step of training computes, up to its own draw. Each batch has one draw.
+        seed: of these draws.
         data_use: ``private`` says so in the report, with what it means; ``none`` refuses.
         progress: called with the number of groups of sites done and in all.
 
@@ -95,7 +100,7 @@ def initialise(
     twin = copy_model(model)
     batches = Batches.of(data, model)
     used = {**batches.checked(), "purpose": "init", "use": data_use}
-    run = _Run(twin, batches, progress)
+    run = _Run(twin, batches, progress, seed if dropout else None)
     run.look_around()
     if v_std is not None:
         _draw(list(run.sites.values()), v_std, seed)
@@ -103,6 +108,7 @@ def initialise(
     facts: dict[str, Any] = {
         "data": used,
         "v": "kept" if v_std is None else {"std": v_std, "seed": seed},
+        "dropout": {"seed": seed} if dropout else "off",
     }
     record(twin, {"init": facts})
     facts |= {"groups of sites": len(run.groups), "sweeps": run.sweeps}
@@ -119,6 +125,7 @@ def initialise_(
     *,
     fresh: bool = False,
     v_std: float | None = None,
+    dropout: bool = False,
     seed: int = 0,
     data_use: DataUse = "public",
     progress: Progress | None = None,
@@ -141,6 +148,7 @@ def initialise_(
         data,
         fresh=fresh,
         v_std=v_std,
+        dropout=dropout,
         seed=seed,
         data_use=data_use,
         progress=progress,
@@ -236,6 +244,7 @@ class _Run:
         model: changed.
         data: inputs.
         progress: see `initialise`.
+        noise: seed of dropout; None for none.
         sites: what is set, in the order in which the model calls it.
         groups: names of sites that do not feed each other.
         left: what some sites leave to others.
@@ -247,6 +256,7 @@ class _Run:
     model: nn.Module
     data: Batches
     progress: Progress | None
+    noise: int | None = None
     sites: dict[str, InitSite] = field(default_factory=dict)
     groups: list[list[str]] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
@@ -265,7 +275,7 @@ class _Run:
             if isinstance(site, LayerSite) and not site.has_known_forward:
                 to_try[name] = site, x.clone()
 
-        with _telling(0):
+        with _telling(0), self._noise(0):
             looks = {name: partial(look, name) for name in every}
             called = observe(self.model, args, kwargs, looks)
             strange = [name for name, (site, x) in to_try.items() if not site.obeys(x)]
@@ -302,6 +312,10 @@ class _Run:
             self.found = self._moments(list(self.sites))
             first = self._first_off()
 
+    def _noise(self, batch: int) -> AbstractContextManager[None]:
+        """Let the model draw in runs on a batch what it draws in each of them."""
+        return nullcontext() if self.noise is None else noise_on(self.model, self.noise + batch)
+
     def _first_off(self) -> int:
         """The first group with a site that is not standard; their number where all are."""
         for place, group in enumerate(self.groups):
@@ -322,7 +336,7 @@ class _Run:
         looks = {name: partial(add, name) for name in names}
         calls = sum(self.sites[name].calls for name in names)
         for batch, (args, kwargs) in enumerate(self.data):
-            with _telling(batch):
+            with _telling(batch), self._noise(batch):
                 observe(self.model, args, kwargs, looks, calls)
         found: dict[str, Moments] = {}
         for part in of_all_ranks(own):

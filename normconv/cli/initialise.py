@@ -36,7 +36,10 @@ def initialise(
         float | None,
         typer.Option("--v-std", min=0, help="First draw v from N(0, V_STD²); 0.05 in the paper."),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of that draw.")] = 0,
+    dropout: Annotated[
+        bool, typer.Option("--dropout", help="With dropout and other noise as in training.")
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Of these draws.")] = 0,
 ) -> None:
     """Start a weight-normed model with pre-activations of mean 0 and deviation 1, on unlabelled data.
 
@@ -61,6 +64,7 @@ def initialise(
             batches,
             fresh=fresh,
             v_std=v_std,
+            dropout=dropout,
             seed=seed,
             data_use=cast(Any, batch_options.data_use),
             progress=progress,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from normconv.errors import MissingDependency, Problem, UsageError
 from normconv.files import atomic_path
@@ -14,16 +15,32 @@ from normconv.report.drift_plot import check_plot_path
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
 __all__ = ["curves_figure", "plot_curves"]
 
 Row = Mapping[str, Any]
 
+
+class _Look(NamedTuple):
+    """How one normalization is drawn everywhere."""
+
+    colour: str
+    marker: str
+
+
 # Okabe & Ito 2008: told apart under every colour blindness; the markers tell them apart in grey.
-_COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = ("o", "s", "D", "P", "*", "^", "v")
+_LOOKS = {
+    "plain": _Look("#000000", "o"),
+    "bn": _Look("#D55E00", "s"),
+    "wn": _Look("#0072B2", "D"),
+    "wn+mobn": _Look("#009E73", "P"),
+    "gn": _Look("#CC79A7", "*"),
+    "gn+ws": _Look("#E69F00", "^"),
+    "ln": _Look("#56B4E9", "v"),
+}
 _DECADES = 20.0  # a loss that spans such a factor is drawn on a logarithmic axis
+_CHARACTER = 0.078  # inches that a character of a legend takes
+_LINE = 0.75  # inches of a line in a legend, with the space around it
 
 
 def plot_curves(comparison: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -54,7 +71,8 @@ def curves_figure(comparison: Mapping[str, Any]) -> Figure:
     """Draw what `plot_curves` writes: a row of diagrams per measure, a column per batch size.
 
     A line is the mean over the seeds, its band reaches from the lowest to the highest; test is drawn
-    solid, training dashed. Where there are several batch sizes the last column shows what each ends on.
+    solid, training dashed. Where there are several batch sizes the last column shows what each ends on,
+    on an axis of its own; of a single one the measures stand side by side.
 
     Args:
         comparison: as for `plot_curves`.
@@ -73,28 +91,41 @@ def curves_figure(comparison: Mapping[str, Any]) -> Figure:
     except ImportError:
         raise MissingDependency.needs("matplotlib", "plot") from None
     batch_sizes = sorted({row["batch_size"] for row in rows})
-    names = list(dict.fromkeys(row["normalization"] for row in rows))
-    columns = len(batch_sizes) + (len(batch_sizes) > 1)
+    looks = _looks([row["normalization"] for row in rows])
+    several = len(batch_sizes) > 1
+    columns = len(batch_sizes) + 1 if several else len(measures)
+    lines = len(measures) if several else 1
     # Not through pyplot: that would keep the figure, and ask for a display.
-    size = (max(7.5, min(18.0, 4.2 * columns)), 1.2 + 3.4 * len(measures))
+    size = (max(7.5, min(18.0, (4.2 if several else 5.5) * columns)), 1.2 + 3.4 * lines)
     figure = Figure(figsize=size, dpi=150, layout="constrained")
-    grid = figure.subplots(len(measures), columns, squeeze=False, sharey="row")
-    lines: dict[str, Line2D] = {}
-    for measure, line_of_axes in zip(measures, grid, strict=True):
+    grid = figure.subplots(lines, columns, squeeze=False)
+    for index, measure in enumerate(measures):
+        line_of_axes = list(grid[index] if several else grid[:, index])
         for batch_size, axes in zip(batch_sizes, line_of_axes, strict=False):
             here = [row for row in rows if row["batch_size"] == batch_size]
-            for index, name in enumerate(names):
+            for name, look in looks.items():
                 mine = [row for row in here if row["normalization"] == name]
-                drawn = _draw_curves(axes, mine, measure, index)
-                if drawn is not None:
-                    lines.setdefault(name, drawn)
-            _frame(axes, measure, f"batch {batch_size}", "epoch")
-        if columns > len(batch_sizes):
-            _draw_ends(line_of_axes[-1], rows, names, batch_sizes, measure)
-        line_of_axes[0].set_ylabel(measure)
-        _scale(line_of_axes[0], rows, measure)
-    _explain(figure, comparison, lines)
+                _draw_curves(axes, mine, measure, look)
+            _frame(axes, measure, f"{measure}, batch {batch_size}", "epoch")
+            if axes is not line_of_axes[0]:
+                axes.sharey(line_of_axes[0])
+                axes.tick_params(labelleft=False)
+        if several:
+            _draw_ends(line_of_axes[-1], rows, looks, batch_sizes, measure)
+        _scale(line_of_axes, rows, measure)
+    _explain(figure, comparison, looks)
     return figure
+
+
+def _looks(normalizations: Sequence[str]) -> dict[str, _Look]:
+    """Give each normalization its own look; others that of their kind, or one that is free."""
+    names = list(dict.fromkeys(normalizations))
+    found = {name: _LOOKS[name] for name in names if name in _LOOKS}
+    for name in (name for name in names if name not in found):
+        order = (_LOOKS.get(name.removesuffix("+init")), *reversed(_LOOKS.values()))
+        free = [look for look in order if look and look not in found.values()]
+        found[name] = free[0] if free else list(_LOOKS.values())[len(found) % len(_LOOKS)]
+    return {name: found[name] for name in names}
 
 
 def _measures(rows: Sequence[Row], headline: str) -> list[str]:
@@ -104,46 +135,40 @@ def _measures(rows: Sequence[Row], headline: str) -> list[str]:
     return [name for name in wanted if {f"train_{name}", f"test_{name}"} & have]
 
 
-def _draw_curves(axes: Axes, rows: Sequence[Row], measure: str, index: int) -> Line2D | None:
-    """Draw the training and test curve of one normalization; return the one for the legend."""
-    shown = None
-    for part, style, width in (("train", "--", 0.9), ("test", "-", 1.8)):
+def _draw_curves(axes: Axes, rows: Sequence[Row], measure: str, look: _Look) -> None:
+    """Draw the training and test curve of one normalization."""
+    for part, style, width, alpha in (("train", "--", 0.9, 0.7), ("test", "-", 1.8, 1.0)):
         epochs = sorted({row["epoch"] for row in rows})
         values = [_at(rows, epoch, f"{part}_{measure}") for epoch in epochs]
         known = [(epoch, seeds) for epoch, seeds in zip(epochs, values, strict=True) if seeds]
         if not known:
             continue
         places = [epoch for epoch, _ in known]
-        colour = _COLOURS[index % len(_COLOURS)]
-        marker = _MARKERS[index % len(_MARKERS)] if part == "test" else ""
-        every = max(1, len(places) // 10)
-        (line,) = axes.plot(
+        axes.plot(
             places,
             [statistics.fmean(seeds) for _, seeds in known],
-            marker=marker,
+            marker=look.marker if part == "test" else "",
             markersize=4,
-            markevery=every,
-            color=colour,
+            markevery=max(1, len(places) // 10),
+            color=look.colour,
             linestyle=style,
             linewidth=width,
+            alpha=alpha,
         )
-        if part == "test" or shown is None:
-            shown = line
         if part == "test" and any(len(seeds) > 1 for _, seeds in known):
             low, high = zip(*((min(seeds), max(seeds)) for _, seeds in known), strict=True)
-            axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
-    return shown
+            axes.fill_between(places, low, high, color=look.colour, alpha=0.15, linewidth=0)
 
 
 def _draw_ends(
     axes: Axes,
     rows: Sequence[Row],
-    names: Sequence[str],
+    looks: Mapping[str, _Look],
     batch_sizes: Sequence[int],
     measure: str,
 ) -> None:
     """Draw what the runs of each batch size end on, with a bar from the lowest seed to the highest."""
-    for index, name in enumerate(names):
+    for name, look in looks.items():
         places, means, below, above = [], [], [], []
         for batch_size in batch_sizes:
             mine = [r for r in rows if r["normalization"] == name and r["batch_size"] == batch_size]
@@ -159,12 +184,12 @@ def _draw_ends(
             places,
             means,
             (below, above),
-            color=_COLOURS[index % len(_COLOURS)],
-            marker=_MARKERS[index % len(_MARKERS)],
+            color=look.colour,
+            marker=look.marker,
             markersize=5,
             capsize=3,
         )
-    _frame(axes, measure, "at the end", "batch size")
+    _frame(axes, measure, f"{measure} at the end", "batch size")
     axes.set_xscale("log", base=2)
     axes.set_xticks(batch_sizes, [str(size) for size in batch_sizes])
     axes.minorticks_off()
@@ -177,35 +202,45 @@ def _at(rows: Sequence[Row], epoch: int, name: str) -> list[float]:
 
 
 def _frame(axes: Axes, measure: str, title: str, below: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(below)
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
     if below == "epoch":
-        from matplotlib.ticker import MaxNLocator
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    if measure == "accuracy":
+        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.4g} %")
 
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
-
-def _scale(axes: Axes, rows: Sequence[Row], measure: str) -> None:
+def _scale(line_of_axes: Sequence[Axes], rows: Sequence[Row], measure: str) -> None:
     """Draw a loss that falls by decades on a logarithmic axis."""
     values = [row.get(f"{part}_{measure}") for row in rows for part in ("train", "test")]
     known = [float(value) for value in values if value is not None]
     if measure == "loss" and min(known) > 0 and max(known) > _DECADES * min(known):
-        axes.set_yscale("log")
+        for axes in line_of_axes:
+            axes.set_yscale("log")
 
 
-def _explain(figure: Figure, comparison: Mapping[str, Any], lines: Mapping[str, Line2D]) -> None:
+def _explain(figure: Figure, comparison: Mapping[str, Any], looks: Mapping[str, _Look]) -> None:
     """Name the lines, with the cost of a step, and say what was compared."""
-    labels = [_label(name, comparison.get("step_times", ())) for name in lines]
+    from matplotlib.lines import Line2D
+
+    lines = [
+        Line2D([], [], color=c, marker=m, linewidth=1.8, markersize=5) for c, m in looks.values()
+    ]
+    labels = [_label(name, comparison.get("step_times", ())) for name in looks]
     facts = comparison.get("facts", {})
     seeds = len({row["seed"] for row in comparison["rows"]})
     band = f"; band: {seeds} seeds, lowest to highest" if seeds > 1 else ""
     data = f" on {facts['data']}" if "data" in facts else ""
-    legend = figure.legend(
-        list(lines.values()), labels, loc="outside upper left", ncols=min(4, len(labels))
-    )
-    legend.set_title(f"{comparison['recipe']}{data}\nsolid: test, dashed: training{band}")
+    width = figure.get_figwidth()
+    fitting = int(width / (_LINE + _CHARACTER * max(map(len, labels))))
+    columns = max(1, min(fitting, len(labels)))
+    legend = figure.legend(lines, labels, loc="outside upper left", ncols=columns)
+    title = textwrap.fill(f"{comparison['recipe']}{data}", int(width / _CHARACTER))
+    legend.set_title(f"{title}\nsolid: test, dashed: training{band}")
     legend.set_alignment("left")
     legend.set_frame_on(False)
 

@@ -127,5 +127,5 @@ def _converted(network: nn.Module, kind: str, samples: Tensor) -> nn.Module:
 
 
 def _initialised(network: nn.Module, samples: Tensor) -> nn.Module:
-    """Set gains and biases from data, layer after layer."""
-    return initialise(network, [samples], fresh=True).model
+    """Set gains and biases from data, layer after layer, as the first step of training meets it."""
+    return initialise(network, [samples], fresh=True, dropout=True).model

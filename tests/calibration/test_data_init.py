@@ -156,6 +156,30 @@ def test_every_kind_of_layer(layer: nn.Module, shape: tuple[int, ...]) -> None:
     assert (y.std(0, correction=0) - 1).abs().max() < 1e-12
 
 
+def test_with_dropout_it_is_training_that_is_standard() -> None:
+    """Each dropout on positive features doubles the variance, unless the start knows of it."""
+    torch.manual_seed(0)
+    drops = (nn.Linear(6, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 64), nn.ReLU())
+    net = normed(nn.Sequential(*drops, nn.Dropout(0.5), nn.Linear(64, 5)))
+    x = [torch.randn(2000, 6).double() for _ in range(2)]
+
+    def deviation(model: nn.Module) -> float:
+        torch.manual_seed(99)  # a draw of its own
+        return float(model.train()(x[0]).detach().std(0).mean())
+
+    state = torch.get_rng_state()
+    model, report = initialise(net, x, dropout=True, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert report.passed
+    assert report.facts["dropout"] == {"seed": 3}
+    assert model[2].training == net[2].training
+    assert abs(deviation(model) - 1) < 0.05
+    assert deviation(initialise(net, x).model) > 1.3
+    assert_same_state(model, initialise(net, x, dropout=True, seed=3).model)
+    other = initialise(net, x, dropout=True, seed=4).model
+    assert not torch.equal(other[6].weight_g, model[6].weight_g)
+
+
 def test_two_layers_by_hand() -> None:
     """g = 1 / σ[t] and b = −μ[t] / σ[t] with t = v · x / ‖v‖, layer after layer, in plain numbers."""
     first, second = nn.Linear(2, 2), nn.Linear(2, 1)

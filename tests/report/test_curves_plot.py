@@ -80,13 +80,59 @@ def test_the_heading_names_lines_and_what_a_step_costs() -> None:
     assert texts(several) == ["plain", "wn (step time ×1.12 to 1.18)"]
 
 
+def test_the_heading_stays_inside_the_picture() -> None:
+    """However many lines there are, and of which lengths."""
+    names = ["plain+init", "bn", "wn+init", "wn+mobn+init", "ln"]
+    given = document()
+    rows = [{**row, "normalization": name} for row in given["rows"][:6] for name in names]
+    times = [{"normalization": name, "batch_size": 8, "ratio_to_plain": 1.0} for name in names]
+    facts = {
+        "data": "cifar10 in data, 50000 + 10000 images, whitened: 10000 to train, 5000 to test"
+    }
+    for changed in ({}, {"headline": "test_loss"}, {"recipe": "a-rather-long-name" * 3}):
+        figure = curves_figure(
+            {**given, "rows": rows, "step_times": times, "facts": facts, **changed}
+        )
+        figure.draw_without_rendering()
+        box = figure.legends[0].get_window_extent()
+        assert box.x0 >= 0
+        assert box.x1 <= figure.bbox.x1, changed
+
+
+def test_a_normalization_looks_the_same_in_every_picture() -> None:
+    def looks(*names: str) -> list[tuple[str, str]]:
+        rows = [{**document()["rows"][0], "normalization": name} for name in names]
+        handles = curves_figure({**document(), "rows": rows}).legends[0].legend_handles
+        return [(line.get_color(), line.get_marker()) for line in handles]
+
+    plain, wn, bn = looks("plain", "wn", "bn")
+    assert looks("bn", "plain+init", "wn+init") == [bn, plain, wn]
+    several = looks("wn+init", "wn", "bn", "ln", "mine", "gn", "gn+ws")
+    assert several[1:3] == [wn, bn]
+    assert len(set(several)) == 7
+    assert len(looks(*(f"other {number}" for number in range(9)))) == 9
+
+
+def test_the_legend_shows_the_solid_line_where_only_training_has_a_loss() -> None:
+    rows = [{k: v for k, v in r.items() if k != "test_loss"} for r in document()["rows"]]
+    figure = curves_figure({**document(), "rows": rows})
+    assert {line.get_linestyle() for line in figure.legends[0].legend_handles} == {"-"}
+
+
+def test_accuracy_is_in_percent() -> None:
+    axes = curves_figure(document()).axes[1]
+    assert axes.yaxis.get_major_formatter()(0.965, 0) == "96.5 %"
+
+
 def test_several_batch_sizes_end_in_one_diagram() -> None:
     figure = curves_figure(document((8, 2)))
-    assert [axes.get_title() for axes in figure.axes[:3]] == ["batch 2", "batch 8", "at the end"]
+    titles = ["loss, batch 2", "loss, batch 8", "loss at the end"]
+    assert [axes.get_title() for axes in figure.axes[:3]] == titles
     ends = figure.axes[5]
     assert ends.get_xscale() == "log"
     assert [label.get_text() for label in ends.get_xticklabels()] == ["2", "8"]
     assert lines(ends, "-") == [[0.6875, 0.6875]] * 2
+    assert ends.get_ylim() != figure.axes[4].get_ylim() == figure.axes[3].get_ylim()
     assert len(curves_figure(document()).axes) == 2
 
 
@@ -108,7 +154,7 @@ def test_a_run_that_ended_early_is_a_shorter_line() -> None:
 def test_a_measure_without_accuracy_is_drawn_once() -> None:
     rows = [{k: v for k, v in r.items() if k != "test_accuracy"} for r in document()["rows"]]
     figure = curves_figure({"recipe": "vae", "headline": "test_loss", "rows": rows})
-    assert [axes.get_ylabel() for axes in figure.axes] == ["loss"]
+    assert [axes.get_title() for axes in figure.axes] == ["loss, batch 8"]
 
 
 def test_a_png_is_written_whole(tmp_path: Path) -> None:
@@ -121,7 +167,7 @@ def test_a_png_is_written_whole(tmp_path: Path) -> None:
         assert image.format == "PNG"
         assert min(image.size) > 500
         seen = {colour for _, colour in image.convert("RGB").getcolors(1 << 20) or []}
-    assert {(0, 0, 0), (0xD5, 0x5E, 0x00)} <= seen
+    assert {(0, 0, 0), (0, 0x72, 0xB2)} <= seen
 
 
 def test_nothing_to_draw_is_told(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Norms after ReLU, from a batch of 128 down to one of 2.
 
 The study's BatchNorm averages its statistics with Keras's momentum of 0.99. A reduced run at batch 128
-has some 250 steps, of which that average still holds the initial values: here it is torch's own 0.1.
+has some 250 steps, of which that average still holds the initial values: here it is torch's own 0.1, also
+with `--full`. The study's GroupNorm of 32 groups mixed rows of pixels, and its weight standardization
+never ran: `gn` has 16 channels a group, and `gn+ws` standardizes.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ RECIPE = Recipe(
     name="fashion-microbatch",
     reproduces=(
         "Batch norm falls behind as the batch shrinks, group norm with weight standardization does not: "
-        "a Keras study on Fashion-MNIST after Qiao et al. 2019, section 4."
+        "a Keras study on Fashion-MNIST after Qiao et al. 2019."
     ),
     network=network,
     optimizer=adam,
