@@ -21,6 +21,7 @@ from normconv.cli.common import (
     is_main_process,
     stage,
 )
+from normconv.cli.devices import Device, checked_device
 from normconv.cli.pages import write_page
 from normconv.errors import Problem, UsageError
 from normconv.files import write_json
@@ -71,9 +72,7 @@ def bench(
     cuda_graphs: Annotated[
         bool, typer.Option("--cuda-graphs", help="Let ONNX Runtime replay a CUDA graph.")
     ] = False,
-    device: Annotated[
-        str, typer.Option("--device", metavar="cpu|cuda", help="Where modules run.")
-    ] = "cpu",
+    device: Device = "cpu",
     trust: Trust = None,
     random_weights: RandomWeights = False,
     out: Out = None,
@@ -157,14 +156,9 @@ def _open(source: str, device: str, trust: tuple[str, ...], random: bool) -> nn.
         if not Path(source).is_file():
             raise UsageError(Problem(source, "there is no such file"))
         return Path(source)
-    import torch
-
     from normconv.sources import open_source
 
-    if device not in ("cpu", "cuda"):
-        raise UsageError(Problem("--device", f"{device!r} is neither cpu nor cuda"))
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError(Problem("--device", "torch sees no CUDA device", "normconv doctor"))
+    device = checked_device(device)
     return open_source(source, trust=trust, random_weights=random).model.eval().to(device)
 
 
