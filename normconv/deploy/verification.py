@@ -158,7 +158,7 @@ def _on_each(
         "batches": judge.count,
         "TF32": "allowed" if tf32 else "off",
         "backends": rows,
-        "absent": [{"what": name, "reason": reason} for name, reason in chosen.absent.items()],
+        "absent": chosen.absent,
     }
     return report.extended(facts=facts)
 

@@ -19,6 +19,7 @@ from normconv.deploy import contenders, floors, forms, runners
 from normconv.deploy.forms import chosen_backends
 from normconv.errors import UsageError
 from normconv.report import Report
+from normconv.report.html import html_page
 from tests.deploy.deploy_nets import Residual
 
 IMAGE = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -108,10 +109,11 @@ def test_a_module_on_every_backend_in_one_report(
     assert all("floor" in row["outputs"]["output"] for row in rows.values())
     assert 0 < rows["ort-cpu"]["outputs"]["output"]["floor"] < 1e-5
     assert rows["ort-cpu"]["nodes_by_provider"]["cpu"] > 4
-    assert report.facts["absent"] == [
-        {"what": "ort-cuda", "reason": "no cuda"},
-        {"what": "ort-tensorrt", "reason": "no tensorrt"},
-    ]
+    assert report.facts["absent"] == {"ort-cuda": "no cuda", "ort-tensorrt": "no tensorrt"}
+    page = html_page(report)
+    assert "Error by backend" in page
+    assert "Unconverted model there" in page
+    assert "no tensorrt" in page
     wrong = copy.deepcopy(net)
     with torch.no_grad():
         wrong.head.weight[0, 0] += 1e-2
