@@ -25,7 +25,7 @@ from normconv.cli.devices import Device, checked_device
 from normconv.cli.pages import write_page
 from normconv.errors import Problem, UsageError
 from normconv.files import write_json
-from normconv.report import Report
+from normconv.report import Report, versions
 from normconv.report.html_parts import number, size
 from normconv.report.terminal import table
 
@@ -36,6 +36,7 @@ __all__ = ["bench", "show"]
 
 _FILES = (".onnx", ".pt2")
 _FLOAT = "tensor(float)"
+_NOT_TIMED = frozenset({"timm", "torchvision", "transformers"})  # models come from them
 
 Models = Annotated[
     list[str],
@@ -200,6 +201,9 @@ def show(console: Console, report: Report) -> None:
     console.rule("[bold]bench")
     for name, value in facts["machine"].items():
         console.print(f"[dim]{name}:[/] {value}", highlight=False)
+    used = {name: version for name, version in versions().items() if name not in _NOT_TIMED}
+    told = ", ".join(f"{name} {version}" for name, version in used.items())
+    console.print(f"[dim]versions:[/] {told}", highlight=False)
     made = table(["model", "size", "nodes", "norms", "weight arithmetic", "what it is"])
     for name, about in facts["models"].items():
         counts = ("nodes", "norm_nodes", "weight_arithmetic")
