@@ -30,7 +30,6 @@ from benchmarks.machine import machine
 from benchmarks.markers import RESULTS, fill
 from normconv.deploy import Session, norm_nodes
 from normconv.deploy.onnx_graph import node_counts, weight_arithmetic
-from normconv.errors import NormconvError
 from normconv.files import write_json
 from normconv.numerics import quartiles, ratios_by_turn, take_turns
 from normconv.proof import randomise_norms_
@@ -282,8 +281,9 @@ def measure(out: Path, small: bool, seconds: float) -> None:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 document["cases"][key] = case(seconds, Path(folder))
-            except NormconvError as error:
-                document["cases"][key] = {"error": str(error).splitlines()[0]}
+            except Exception as error:  # the other cases are measured all the same
+                line = (str(error).strip().splitlines() or [""])[0]
+                document["cases"][key] = {"error": f"{type(error).__name__}: {line}"}
         write_json(out, document)
 
 
