@@ -234,7 +234,12 @@ class _Step:
         if not isinstance(self.runner, Float64File) or type(original) is not ModuleRunner:
             return Reference(reference.exact, native, reference.response)
         rounded = rounding_errors(
-            original.model, self._coarser, sized.args, sized.kwargs, reference
+            original.model,
+            self._coarser,
+            sized.args,
+            sized.kwargs,
+            reference,
+            inputs_too=self.runner.takes_halves,
         )
         return Reference(reference.exact, native, rounded)
 

@@ -45,6 +45,8 @@ _DTYPES = {
 }
 _FLOATS = frozenset(_DTYPES)
 _NAMES = {TensorProto.FLOAT: "float", TensorProto.DOUBLE: "double"}
+_HALF_NAMES = frozenset({"tensor(float16)", "tensor(bfloat16)"})
+#: Dtypes that a processor does not compute in.
 HALVES = frozenset({torch.float16, torch.bfloat16})
 _WIDEST = TensorProto.DOUBLE
 # Attributes that name a dtype, by operator.
@@ -81,6 +83,8 @@ def rounding_errors(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     reference: Reference,
+    *,
+    inputs_too: bool,
 ) -> dict[str, float]:
     """Measure how far rounding a model's own weights moves its outputs, all else in float64.
 
@@ -90,10 +94,13 @@ def rounding_errors(
         args: inputs.
         kwargs: keyword inputs.
         reference: with the float64 run.
+        inputs_too: round the inputs as well.
 
     Returns:
         rel-L2 by output.
     """
+    if inputs_too:
+        args, kwargs = cast_inputs((args, dict(kwargs)), dtype)
     twin = copy_model(model)
     with torch.no_grad():
         for parameter in twin.parameters():
@@ -120,6 +127,11 @@ class Float64File(FileRunner):
             path, tuple(_spec(value) for value in model.graph.input if value.name not in stored)
         )
         self._evaluator = _evaluator(model)
+
+    @property
+    def takes_halves(self) -> bool:
+        """Whether an input is of half precision."""
+        return any(spec.type in _HALF_NAMES for spec in self.specs)
 
     @property
     def provider(self) -> str:
