@@ -21,10 +21,11 @@ from normconv.cli.common import (
     is_main_process,
     stage,
 )
+from normconv.cli.devices import Device, checked_device
 from normconv.cli.pages import write_page
 from normconv.errors import Problem, UsageError
 from normconv.files import write_json
-from normconv.report import Report
+from normconv.report import Report, versions
 from normconv.report.html_parts import number, size
 from normconv.report.terminal import table
 
@@ -35,6 +36,7 @@ __all__ = ["bench", "show"]
 
 _FILES = (".onnx", ".pt2")
 _FLOAT = "tensor(float)"
+_NOT_TIMED = frozenset({"timm", "torchvision", "transformers"})  # models come from them
 
 Models = Annotated[
     list[str],
@@ -71,9 +73,7 @@ def bench(
     cuda_graphs: Annotated[
         bool, typer.Option("--cuda-graphs", help="Let ONNX Runtime replay a CUDA graph.")
     ] = False,
-    device: Annotated[
-        str, typer.Option("--device", metavar="cpu|cuda", help="Where modules run.")
-    ] = "cpu",
+    device: Device = "cpu",
     trust: Trust = None,
     random_weights: RandomWeights = False,
     out: Out = None,
@@ -157,14 +157,9 @@ def _open(source: str, device: str, trust: tuple[str, ...], random: bool) -> nn.
         if not Path(source).is_file():
             raise UsageError(Problem(source, "there is no such file"))
         return Path(source)
-    import torch
-
     from normconv.sources import open_source
 
-    if device not in ("cpu", "cuda"):
-        raise UsageError(Problem("--device", f"{device!r} is neither cpu nor cuda"))
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError(Problem("--device", "torch sees no CUDA device", "normconv doctor"))
+    device = checked_device(device)
     return open_source(source, trust=trust, random_weights=random).model.eval().to(device)
 
 
@@ -206,6 +201,9 @@ def show(console: Console, report: Report) -> None:
     console.rule("[bold]bench")
     for name, value in facts["machine"].items():
         console.print(f"[dim]{name}:[/] {value}", highlight=False)
+    used = {name: version for name, version in versions().items() if name not in _NOT_TIMED}
+    told = ", ".join(f"{name} {version}" for name, version in used.items())
+    console.print(f"[dim]versions:[/] {told}", highlight=False)
     made = table(["model", "size", "nodes", "norms", "weight arithmetic", "what it is"])
     for name, about in facts["models"].items():
         counts = ("nodes", "norm_nodes", "weight_arithmetic")

@@ -20,6 +20,10 @@ __all__ = ["Finding", "diagnose", "extras", "shared_runtime"]
 WORKS, ABSENT, BROKEN = "works", "absent", "broken"
 
 _RUNTIME = "onnxruntime"
+_NEEDS = {
+    "cuda": "it needs a GPU, its driver and CUDA's libraries; those of torch's CUDA wheels serve",
+    "tensorrt": "it needs what cuda needs, and NVIDIA's libraries: pip install tensorrt",
+}
 _NO_EXTRA = frozenset({"test", "docs"})  # they are for working on normconv itself
 _REQUIREMENT = re.compile(
     r"(?P<name>[\w.-]+)(?:\[[^]]*\])?\s*(?:>=(?P<least>[\w.]+))?[^;]*"
@@ -207,7 +211,7 @@ def _provider(provider: str) -> str:
     from normconv.deploy.probing import provider_problem
 
     if problem := provider_problem(provider):
-        raise _Absent(problem)
+        raise _Absent(problem, _NEEDS.get(provider, ""))
     return ""
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from normconv.deploy.contenders import BACKENDS, Contender, Ready, Settings, backend_problem, takes
 from normconv.deploy.onnx_graph import external_files, node_counts, norm_nodes, weight_arithmetic
 from normconv.deploy.program import batch_size, resized
-from normconv.deploy.runners import Model
+from normconv.deploy.runners import Model, tf32_set
 from normconv.deploy.verification import Batch, batches_of
 from normconv.errors import NormconvError, Problem, Refused, UsageError
 from normconv.graph import is_norm
@@ -150,19 +150,12 @@ def _contenders(
 def _settled(settings: Settings) -> Iterator[None]:
     """Set torch's threads and TF32, and set them back."""
     threads = torch.get_num_threads()
-    holders: tuple[Any, ...] = ()
-    if torch.cuda.is_available():
-        holders = (torch.backends.cuda.matmul, getattr(torch.backends.cudnn, "conv"))  # noqa: B009
-    precisions = [(holder, holder.fp32_precision) for holder in holders]
     try:
         torch.set_num_threads(settings.threads)
-        for holder, _ in precisions:
-            holder.fp32_precision = "tf32" if settings.tf32 else "ieee"
-        yield
+        with tf32_set(settings.tf32):
+            yield
     finally:
         torch.set_num_threads(threads)
-        for holder, precision in precisions:
-            holder.fp32_precision = precision
 
 
 def _measured(

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from normconv.deploy.compare import Reference, compare
-from normconv.deploy.parity import backend_errors
-from normconv.deploy.runners import Model, ModuleRunner, OnnxRunner, Runner, open_runner
-from normconv.errors import MissingDependency, NormconvError, Problem, Refused, UsageError
-from normconv.numerics.error import relative_l2
+from normconv.deploy.floors import Floors
+from normconv.deploy.forms import Forms, chosen_backends, is_finding, open_file
+from normconv.deploy.judging import Judge
+from normconv.deploy.runners import FileRunner, Model, Runner, open_runner, tf32_set
+from normconv.deploy.truth import Truth
+from normconv.errors import NormconvError, Problem, UsageError
 from normconv.report import Check, Report
 
 __all__ = ["batches_of", "verify"]
-
-#: Two inputs must move the output by this much (rel-L2), or an equal output proves little.
-SIGHT = 1e-2
-
-_SEED = 0
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -34,6 +29,9 @@ def verify(
     inputs: Any,
     *,
     provider: str | None = None,
+    backends: Sequence[str] | None = None,
+    tf32: bool = False,
+    other_sizes: bool = False,
     max_error: float | None = None,
     min_agreement: float | None = None,
 ) -> Report:
@@ -41,12 +39,18 @@ def verify(
 
     Each output is held against a float64 run of the reference with the noise-floor criterion:
     ‖y − y₆₄‖₂ / ‖y₆₄‖₂ ≤ 4 · max(eps, own), own being the reference's error in its own dtype on
-    torch; where a file misses that, also on the file's backend, up to ten times as much.
+    torch; where a candidate misses that, also on the candidate's backend, in its dtype and with the
+    same TF32 setting, up to ten times as much. Of an output that misses its bound the report says which
+    module is the first to leave its own.
 
     A module is copied and cast for the float64 run, a ``.pt2`` file read again and cast. Where that
     cannot be had (an ``.onnx`` reference, a dtype written into the model), the reference's own run
     is the truth, and its response to a change of every input by one rounding step stands for
     own.
+
+    A file in float16 or bfloat16 is judged on a device that computes in that dtype. ONNX Runtime on the
+    CPU does not: there its structure is checked, and its weights as they are stored, run in float64, are
+    held to what rounding the reference's own weights does, ‖y − y₆₄‖₂ / ‖y₆₄‖₂ ≤ 4 · max(eps, rounded).
 
     Args:
         reference: a module, or the path of an ``.onnx`` or ``.pt2`` file.
@@ -55,6 +59,13 @@ def verify(
             dict of keyword inputs, or a list of such batches.
         provider: where the candidate has to run, ``"cpu"`` or ``"cuda"``; None takes the best there
             is for a file, and what it is on for a module.
+        backends: judge on each of these instead: ``eager``, ``compile``, ``pt2``, ``ort-cpu``,
+            ``ort-cuda``, ``ort-tensorrt``, or ``all`` for those that work here. A module is folded and
+            exported to the forms that a backend takes. The reference's error there is measured and
+            reported in any case.
+        tf32: let float32 be computed in TF32 on CUDA, by both; a proof leaves it off.
+        other_sizes: also run one sample and three, and a shorter prime size along every other axis
+            that a file leaves free; sizes that the reference does not take are noted.
         max_error: the largest rel-L2 error that passes, instead of the noise floor (for conversions
             that promise no equality).
         min_agreement: the smallest share of rows with the same first class, instead of none that
@@ -62,40 +73,100 @@ def verify(
 
     Returns:
         The report. A candidate that is wrong in any way is a failed check, not an exception.
+        ``facts["outputs"]`` has a row for each output, ``facts["backends"]``, where backends were
+        asked for, the same for each of them, ``facts["absent"]`` the reason for each that is missing.
 
     Raises:
-        UsageError: no such file, no batch, an unknown provider.
+        UsageError: no such file, no batch, an unknown provider or backend.
         Refused: the reference cannot be run.
         MissingDependency: a file has to be run and there is no ONNX Runtime.
     """
     batches = batches_of(inputs)
-    truth = _Truth(open_runner(reference, "cpu"))
-    report = Report("verify", subject=f"{_name(candidate)} against {truth.subject}")
+    if backends is not None and provider is not None:
+        what = "both a provider and backends are given"
+        raise UsageError(Problem("backends", what, "name the backend: ort-cuda"))
+    with tf32_set(tf32):
+        truth = Truth(open_runner(reference, "cpu"))
+        report = Report("verify", subject=f"{_name(candidate)} against {truth.subject}")
+        with closing(Floors(truth.runner, tf32)) as floors:
+            judge = Judge(truth, floors, batches, max_error, min_agreement, other_sizes)
+            if backends is None:
+                report = _on_one(report, judge, candidate, provider, tf32)
+            else:
+                report = _on_each(report, judge, candidate, backends, tf32)
+        if not judge.asked:
+            return report
+        moves, notes = truth.sight(*batches[0])
+    return report.extended(facts={"sight": moves} if moves else {}, notes=notes)
+
+
+def _on_one(
+    report: Report, judge: Judge, candidate: Model, provider: str | None, tf32: bool
+) -> Report:
+    """Judge a candidate where it is, or a file on one provider."""
+    is_file = not isinstance(candidate, nn.Module) and Path(candidate).suffix == ".onnx"
     try:
-        runner = open_runner(candidate, provider)
+        if is_file and Path(str(candidate)).is_file():
+            runner: Runner = open_file(Path(str(candidate)), provider, tf32)
+        else:
+            runner = open_runner(candidate, provider)
     except NormconvError as error:
-        if not _is_finding(error):
+        if not is_finding(error):
             raise
         return report.extended(checks=(Check("candidate", False, detail=str(error)),))
     report = report.extended(checks=_provider_checks(runner, provider))
-    args, kwargs = batches[0]
-    report = report.extended(checks=(truth.repeats(args, kwargs),))
+    report = report.extended(checks=(judge.repeats(),))
     if not report.passed:
         return report
+    backend = f"ort-{runner.provider}" if isinstance(runner, FileRunner) else "eager"
+    verdict = judge.on(runner, backend)
+    common = {"reference": judge.truth.kind, "provider": runner.provider, "batches": judge.count}
+    return report.extended(
+        checks=verdict.checks, facts={**common, **verdict.facts}, notes=verdict.notes
+    )
+
+
+def _on_each(
+    report: Report, judge: Judge, candidate: Model, backends: Sequence[str], tf32: bool
+) -> Report:
+    """Judge a candidate on several backends."""
+    if not isinstance(candidate, nn.Module) and not Path(candidate).is_file():
+        raise UsageError(Problem(str(candidate), "there is no such file"))
+    chosen = chosen_backends(backends, candidate)
+    checks = [Check(name, False, detail=reason) for name, reason in chosen.refused.items()]
+    if not chosen.backends and not checks:
+        checks.append(Check("backends", False, detail="none that works here takes the candidate"))
+    report = report.extended(checks=(*checks, judge.repeats()))
+    if not judge.repeated:
+        return report
     rows: dict[str, Any] = {}
-    for index, (args, kwargs) in enumerate(batches):
-        label = f"batch {index} " if len(batches) > 1 else ""
-        step = _Step(truth, runner, args, kwargs, label, max_error, min_agreement)
-        checks, facts = step.outcome()
-        report = report.extended(checks=checks)
-        rows.update(facts)
-    report = report.extended(facts=_facts(truth, runner, rows, len(batches)))
-    return _with_sight(report, truth, *batches[0])
+    with tempfile.TemporaryDirectory() as folder:
+        forms = Forms(candidate, Path(folder), *judge.batches[0])
+        for name in chosen.backends:
+            try:
+                runner = forms.on(name, tf32)
+            except NormconvError as error:
+                if not is_finding(error):
+                    raise
+                report = report.extended(checks=(Check(name, False, detail=str(error)),))
+                continue
+            verdict = judge.on(runner, name, label=f"{name} ", measure_floor=True)
+            rows[name] = {"provider": runner.provider, **verdict.facts}
+            report = report.extended(checks=verdict.checks, notes=verdict.notes)
+    facts = {
+        "reference": judge.truth.kind,
+        "batches": judge.count,
+        "TF32": "allowed" if tf32 else "off",
+        "backends": rows,
+        "absent": chosen.absent,
+    }
+    return report.extended(facts=facts)
 
 
 def batches_of(inputs: Any) -> list[Batch]:
     """Return the batches that `inputs` stands for.
 
+    >>> import torch
     >>> x = torch.zeros(1)
     >>> [len(batches_of(given)) for given in (x, (x, x), ((x,), {"y": x}), [x, x])]
     [1, 1, 1, 2]
@@ -117,201 +188,11 @@ def batches_of(inputs: Any) -> list[Batch]:
     return batches
 
 
-class _Truth:
-    """The reference, and its float64 run where it has one."""
-
-    def __init__(self, runner: Runner) -> None:
-        self.runner = runner
-        self.subject = runner.subject
-        self._exact = runner.exact()
-
-    @property
-    def kind(self) -> str:
-        """How the truth was computed."""
-        if self._exact is not None:
-            return "float64 run"
-        return "own dtype; the bound is its response to a change of one rounding step"
-
-    def repeats(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Check:
-        """Check that the reference, run twice under one seed, gives the same twice."""
-        first, second = self.runner.run(args, kwargs), self.runner.run(args, kwargs)
-        differing = [
-            name
-            for name, value in first.items()
-            if name not in second or not torch.equal(_plain(value), _plain(second[name]))
-        ]
-        detail = (
-            f"{self.subject} differs from itself in {', '.join(differing)}, in eval mode under one "
-            "seed"
-            if differing
-            else "two runs under one seed give the same"
-        )
-        way_out = "take its source of randomness out, or feed it as an input" if differing else ""
-        return Check("reference repeats", not differing, detail=detail, way_out=way_out)
-
-    def on(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Reference:
-        """Return the right outputs for one batch."""
-        native = self.runner.run(args, kwargs)
-        exact = self._exact_run(args, kwargs, native)
-        if exact is not None:
-            return Reference(exact, native)
-        nudged = self.runner.run(*_nudged(args, dict(kwargs)))
-        response = {name: relative_l2(nudged[name], value) for name, value in native.items()}
-        return Reference(native, native, response)
-
-    def _exact_run(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], native: Mapping[str, Tensor]
-    ) -> dict[str, Tensor] | None:
-        if self._exact is None:
-            return None
-        try:
-            exact = self._exact.run(args, kwargs)
-        except (RuntimeError, AssertionError, TypeError, ValueError):
-            exact = {}
-        finer = [
-            exact[name].dtype == torch.float64
-            for name, value in native.items()
-            if value.is_floating_point() and name in exact
-        ]
-        if exact and all(finer):
-            return exact
-        self._exact = None
-        return None
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One batch."""
-
-    truth: _Truth
-    runner: Runner
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    label: str
-    max_error: float | None
-    min_agreement: float | None
-
-    def outcome(self) -> tuple[tuple[Check, ...], dict[str, Any]]:
-        """Run both and compare."""
-        reference = self.truth.on(self.args, self.kwargs)
-        try:
-            outputs = self.runner.run(self.args, self.kwargs)
-        except Exception as error:
-            # Whatever a candidate raises on good inputs is its fault, and a finding.
-            line = (str(error).strip().splitlines() or [""])[0]
-            detail = line if isinstance(error, Refused) else f"{type(error).__name__}: {line}"
-            return (Check(self.label + "candidate runs", False, detail=detail),), {}
-        hold = functools.partial(
-            compare,
-            outputs,
-            reference,
-            label=self.label,
-            max_error=self.max_error,
-            min_agreement=self.min_agreement,
-        )
-        result = hold()
-        if result.missed and self.max_error is None:
-            forgiven = self._backend_errors(reference)
-            result = hold(backend_errors=forgiven)
-        return result.checks, {self.label + name: row for name, row in result.facts.items()}
-
-    def _backend_errors(self, reference: Reference) -> dict[str, float]:
-        runner = self.truth.runner
-        if not isinstance(self.runner, OnnxRunner) or type(runner) is not ModuleRunner:
-            return {}
-        return backend_errors(
-            runner.model,
-            self.args,
-            self.kwargs,
-            reference.exact,
-            reference.native,
-            self.runner.provider,
-        )
-
-
-def _is_finding(error: NormconvError) -> bool:
-    """Tell a candidate that does not work (a finding) from a call that cannot be answered."""
-    return isinstance(error, Refused) and not isinstance(error, MissingDependency)
-
-
 def _provider_checks(runner: Runner, provider: str | None) -> tuple[Check, ...]:
     if provider is None:
         return ()
     detail = f"the candidate ran on {runner.provider}, asked for was {provider}"
     return (Check("provider", runner.provider == provider, detail=detail),)
-
-
-def _facts(truth: _Truth, runner: Runner, rows: dict[str, Any], batches: int) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        "reference": truth.kind,
-        "provider": runner.provider,
-        "batches": batches,
-        "outputs": rows,
-    }
-    if isinstance(runner, OnnxRunner):
-        facts["nodes_by_provider"] = runner.session.nodes_per_provider()
-    return facts
-
-
-def _with_sight(
-    report: Report, truth: _Truth, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Report:
-    """Say how much another input moves the reference's outputs."""
-    try:
-        here = truth.runner.run(args, kwargs)
-        there = truth.runner.run(*_other_inputs(args, kwargs))
-        moves = {
-            name: relative_l2(there[name], value)
-            for name, value in here.items()
-            if value.is_floating_point()
-        }
-    except (RuntimeError, ValueError, IndexError, KeyError, NormconvError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return report.extended(
-            notes=(f"how much the outputs depend on the input: unknown ({line})",)
-        )
-    notes = tuple(
-        f"the check is nearly blind: another input moves {name} by {move:.1e} only"
-        for name, move in moves.items()
-        if not move >= SIGHT
-    )
-    return report.extended(facts={"sight": moves}, notes=notes)
-
-
-def _other_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
-    """Return inputs of the same shapes and moments: noise for floats, the rest in flipped order."""
-    generator = torch.Generator().manual_seed(_SEED)
-
-    def other(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.ndim or not leaf.numel():
-            return leaf
-        if not leaf.is_floating_point():
-            return leaf.flip(-1)
-        noise = torch.randn(leaf.shape, generator=generator).to(leaf)
-        spread = leaf.std(correction=0)
-        return noise * (spread if spread > 0 else torch.ones_like(spread)) + leaf.mean()
-
-    other_args, other_kwargs = pytree.tree_map(other, (args, kwargs))
-    return other_args, other_kwargs
-
-
-def _nudged(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
-    """Move every float by one rounding step, up or down by chance."""
-    generator = torch.Generator().manual_seed(_SEED)
-
-    def nudge(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            return leaf
-        sign = torch.randint(0, 2, leaf.shape, generator=generator).to(leaf) * 2 - 1
-        return leaf * (1 + sign * torch.finfo(leaf.dtype).eps)
-
-    new_args, new_kwargs = pytree.tree_map(nudge, (args, kwargs))
-    return new_args, new_kwargs
-
-
-def _plain(value: Tensor) -> Tensor:
-    """Let NaN equal NaN: a reference that gives NaN twice does repeat itself."""
-    return torch.nan_to_num(value) if value.is_floating_point() else value
 
 
 def _name(model: Model) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from normconv.errors import Problem, UsageError
 from normconv.files import atomic_path
+from normconv.report.html_backends import backend_sections
 from normconv.report.html_bench import bench_sections, fastest
 from normconv.report.html_parts import STYLE, definitions, details, number, section, size, table
 from normconv.report.report import Check, Report, SiteRow, jsonable, versions
@@ -73,6 +74,7 @@ def html_page(report: Report) -> str:
             _failures(report),
             _notes(report),
             *bench_sections(report.facts),
+            *backend_sections(report.facts),
             section("Distance from the original, by depth", _drift(report)),
             section("Error at each site, by depth", _site_errors(report.sites)),
             section("Error against its bound", _check_bars(report.checks)),

@@ -22,9 +22,10 @@ from normconv.sources.safe_load import safe_load
 from normconv.sources.specs import is_spec, named_object
 from normconv.sources.trust import Trust
 
-__all__ = ["Transform", "open_data"]
+__all__ = ["IMAGENET", "Transform", "open_data"]
 
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+#: Mean and deviation of each channel, of values from 0 to 1.
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _SEED = 0
 _KEPT = 2**30  # bytes
 
@@ -40,8 +41,8 @@ class Transform:
         origin: where the numbers come from.
     """
 
-    mean: tuple[float, ...] = _IMAGENET[0]
-    std: tuple[float, ...] = _IMAGENET[1]
+    mean: tuple[float, ...] = IMAGENET[0]
+    std: tuple[float, ...] = IMAGENET[1]
     size: int | None = None
     origin: str = "mean and deviation of ImageNet"
 

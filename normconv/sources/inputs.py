@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from normconv.errors import LoadError, Problem, UsageError
+from normconv.sources.data import IMAGENET
 from normconv.sources.recognise import recognise
 from normconv.sources.safe_load import safe_load
 from normconv.sources.trial import failure_of
@@ -104,7 +105,9 @@ def _from_spec(model: nn.Module, spec: str) -> Inputs:
     if problems:
         raise UsageError(problems)
     like = _like(model)
-    return Inputs(tuple(_normal(shape, like) for shape in shapes), {}, f"{text} as given")
+    config = getattr(model, "pretrained_cfg", None)
+    tensors = tuple(_as_images(_normal(shape, like), config) for shape in shapes)
+    return Inputs(tensors, {}, f"{text} as given")
 
 
 def _from_file(model: nn.Module, path: Path) -> Inputs:
@@ -150,7 +153,7 @@ def _guesses(model: nn.Module) -> Iterator[Inputs]:
     for name in ("pretrained_cfg", "default_cfg"):
         shape = _get(getattr(model, name, None), "input_size")
         if isinstance(shape, (tuple, list)) and all(isinstance(n, int) for n in shape):
-            tensor = _normal((BATCH, *shape), like)
+            tensor = _as_images(_normal((BATCH, *shape), like), getattr(model, name))
             yield _inputs(tensor, f"from the model's {name}")
     yield from _from_transformers(model, like)
     yield from _from_first_layer(model, like)
@@ -270,6 +273,23 @@ _LOST = (0, 2, 4, 6, 8, 10, 12, 14, 1, 3)
 def _normal(shape: tuple[int, ...], like: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(_SEED)
     return torch.randn(shape, generator=generator, dtype=torch.float32).to(like)
+
+
+def _as_images(noise: Tensor, config: Any) -> Tensor:
+    """Give noise the mean and deviation that photographs have for a model with such a config.
+
+    Pixels of mean m and deviation s become (m − mean) / std and s / std: 0 and 1 for what was trained
+    with ImageNet's, but a deviation near 1/2 for what was trained with 0.5.
+    """
+    mean, std = _get(config, "mean"), _get(config, "std")
+    axis = noise.dim() - 3
+    known = isinstance(mean, (tuple, list)) and isinstance(std, (tuple, list))
+    if not known or axis < 1 or not noise.shape[axis] == len(mean) == len(std) == len(IMAGENET[0]):
+        return noise
+    pixels_mean, pixels_std = (noise.new_tensor(v).view(-1, 1, 1) for v in IMAGENET)
+    own_mean, own_std = (noise.new_tensor(v).view(-1, 1, 1) for v in (mean, std))
+    # Exactly the noise where both are the same.
+    return noise * (pixels_std / own_std) + (pixels_mean - own_mean) / own_std
 
 
 def _tokens(shape: tuple[int, ...], words: int, like: Tensor) -> Tensor:

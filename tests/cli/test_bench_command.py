@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from importlib import metadata
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def test_a_module_and_a_file_side_by_side(models: tuple[Path, Path], tmp_path: P
     words = (f"bn={module}", file, "--input", "1x1x3x3", "-o", written, "--report", page)
     out = invoke(*words, "--backend", "eager", "--backend", "ort-cpu", *FAST)
     assert "ratio: to bn on eager, median and quartiles over the turns" in " ".join(out.split())
+    assert f"versions: python {platform.python_version()}" in out
     document = json.loads(written.read_text())
     rows = document["facts"]["timings"]
     assert [(row["model"], row["backend"]) for row in rows] == [

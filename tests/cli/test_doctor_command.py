@@ -57,6 +57,7 @@ def test_every_provider_that_is_listed_is_tried(
     found = runtimes(diagnose())
     assert found["ONNX Runtime on cpu"]["state"] == WORKS
     assert found["ONNX Runtime on cuda"]["detail"] == "no cuda"
+    assert found["ONNX Runtime on cuda"]["way_out"].startswith("it needs a GPU, its driver")
     assert found["ONNX Runtime on OddExecutionProvider"]["state"] == ABSENT
 
 

@@ -1,5 +1,4 @@
 import copy
-import importlib
 
 import onnx
 import pytest
@@ -9,11 +8,9 @@ from torch import nn
 
 from normconv.deploy import export_onnx, verify
 from normconv.deploy.compare import Reference, agreement, compare
+from normconv.deploy.floors import Floors
 from normconv.errors import LoadError, MissingDependency, Refused, UsageError
 from tests.deploy.deploy_nets import Residual, Tokens, TwoInputs
-
-# The package re-exports the function under the module's name.
-verify_module = importlib.import_module("normconv.deploy.verification")
 
 
 def image(batch: int = 4) -> torch.Tensor:
@@ -283,7 +280,7 @@ def test_the_backend_is_asked_for_its_own_error_only_after_a_miss(model, file, m
         asked.append(args)
         return {}
 
-    monkeypatch.setattr(verify_module, "backend_errors", ask)
+    monkeypatch.setattr(Floors, "errors", ask)
     assert verify(model, file, image()).passed
     assert not asked
     assert not verify(perturbed(model), file, image()).passed

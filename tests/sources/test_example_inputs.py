@@ -140,3 +140,16 @@ def test_nothing_known_is_refused_with_the_way_out() -> None:
     for model in (nn.ReLU(), Two()):
         with pytest.raises(LoadError, match="--input"):
             example_inputs(model, source="net.pt")
+
+
+def test_noise_has_the_moments_that_images_have_for_the_model() -> None:
+    """Trained with mean and deviation 0.5, a model sees photographs as -0.03 ± 0.45, not as 0 ± 1."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3))
+    net.pretrained_cfg = {"input_size": (3, 64, 64), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    for given in (example_inputs(net), example_inputs(net, "2x3x64x64")):
+        image = given.args[0]
+        assert image.mean((0, 2, 3)).tolist() == pytest.approx([-0.03, -0.09, -0.19], abs=0.02)
+        assert image.std((0, 2, 3)).tolist() == pytest.approx([0.458, 0.448, 0.45], rel=0.05)
+    net.pretrained_cfg |= {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    plain = example_inputs(nn.Sequential(nn.Conv2d(3, 4, 3)), "2x3x64x64").args[0]
+    assert torch.equal(example_inputs(net).args[0], plain)
