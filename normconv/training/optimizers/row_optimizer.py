@@ -76,6 +76,7 @@ class RowOptimizer(Optimizer):
             "gain_weight_decay": gain_weight_decay,
         }
         self._check_group({"params": [], **self._own_defaults})
+        self._means: dict[Tensor, Tensor] = {}
         self._complete = False
         super().__init__(params, **options)
         self._complete = True
@@ -85,7 +86,7 @@ class RowOptimizer(Optimizer):
             self._center_(group)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("way", "_explicit", "_layouts", "_own_defaults", "_complete")
+        own = ("way", "_explicit", "_layouts", "_own_defaults", "_means", "_complete")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -107,14 +108,16 @@ class RowOptimizer(Optimizer):
 
     @torch.no_grad()
     def _center_(self, group: dict[str, Any]) -> None:
-        """Take the means off the rows of standardized weights, and keep them."""
+        """Take the means off the rows of standardized weights, and keep them.
+
+        Not in `state` yet: one that is empty says that no step was taken, to torch's checkpoints too.
+        """
         for weight in self._weights_in(group) if group["form"] == "ws" else ():
             layout, value = self._layouts[weight][1], local(weight)
             block = layout.split(value) if layout.transposed else value
             mean = row_mean(block.to(wide_dtype(weight.dtype)), row_axes(block, layout))
             block.sub_(mean)
-            means = placed_as_rows(mean.flatten(), weight, layout)
-            self.state[weight] = {"step": torch.tensor(0.0), "mean": means}
+            self._means[weight] = placed_as_rows(mean.flatten(), weight, layout)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         problems = []
@@ -210,6 +213,8 @@ class RowOptimizer(Optimizer):
         wide, layout = wide_dtype(weight.dtype), self._layouts[weight][1]
         fresh = "gain" not in state
         if fresh:
+            if weight in self._means:
+                state["mean"] = self._means.pop(weight)
             if wide != weight.dtype:
                 state["master"] = weight.detach().to(wide, copy=True)
             value = local(state.get("master", weight)).detach()
@@ -264,6 +269,14 @@ class RowOptimizer(Optimizer):
         for name, power in self.rule.buffers(group).items():
             scale_rows_(local(state[name]), factor**power, layout)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` goes on from, before the first step too."""
+        for weight, mean in self._means.items():
+            self.state[weight] = {"step": torch.tensor(0.0), "mean": mean}
+        self._means.clear()
+        found: dict[str, Any] = super().state_dict()
+        return found
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a `state_dict` was taken, bit for bit.
 
@@ -271,6 +284,7 @@ class RowOptimizer(Optimizer):
         its own.
         """
         super().load_state_dict(state_dict)
+        self._means.clear()
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         present = [p for group in self.param_groups for p in group["params"]]
         for index, weight in zip(saved, present, strict=True):
