@@ -63,12 +63,12 @@ class LastStep(nn.Module):
         return logits
 
 
-def _hybrid() -> nn.Module:
+def _hybrid() -> Any:
     """A small vision transformer on a stem of convolutions with BatchNorm (Xiao et al. 2021)."""
     from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer
 
     stem = [ConvStemConfig(width, 3, 2) for width in (24, 48, 96, 192)]
-    return VisionTransformer(
+    model = VisionTransformer(
         image_size=128,
         patch_size=16,
         num_layers=6,
@@ -77,6 +77,9 @@ def _hybrid() -> nn.Module:
         mlp_dim=768,
         conv_stem_configs=stem,
     )
+    # Rows of zeros are NaN with the weight norm of torch.
+    nn.init.normal_(model.heads.head.weight, std=0.02)
+    return model
 
 
 NETWORKS: dict[str, Network] = {
@@ -124,7 +127,8 @@ class _WrittenPlainly(nn.Conv2d):
         w = self.weight
         w = w - w.mean(dim=(1, 2, 3), keepdim=True)
         w = w / (w.std(dim=(1, 2, 3), keepdim=True) + 1e-5)
-        return self._conv_forward(input, w, self.bias)
+        out: Tensor = self._conv_forward(input, w, self.bias)
+        return out
 
 
 def _plainly_standardized_(layer: nn.Module) -> None:

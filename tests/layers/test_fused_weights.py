@@ -117,6 +117,30 @@ def test_autocast_leaves_the_norm_in_float32(form: str) -> None:
 
 
 @every_form
+def test_attention_computes_its_weight_once_a_call(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x = WRAPS[form](nn.MultiheadAttention(4, 2)), torch.randn(3, 2, 4)
+    calls: list[str] = []
+    original = type(layer).computed
+
+    def computed(self: Any, name: str = "weight") -> Tensor:
+        calls.append(name)
+        return original(self, name)
+
+    monkeypatch.setattr(type(layer), "computed", computed)
+    expected = layer(x, x, x)[0]
+    assert calls == ["in_proj_weight"]
+    with torch.no_grad():
+        layer.in_proj_weight_v.mul_(2).add_(torch.randn_like(layer.in_proj_weight_v))
+    assert not torch.equal(layer(x, x, x)[0], expected)
+    assert "computed" not in layer.__dict__
+    with pytest.raises(TypeError):
+        layer(x)
+    assert "computed" not in layer.__dict__
+
+
+@every_form
 def test_a_network_compiles_into_one_graph_forward_and_backward(form: str) -> None:
     net, x = Net(form), torch.randn(2, 3, 8, 8)
     twin = copy.deepcopy(net)
