@@ -34,12 +34,14 @@ class Network:
         sample: shape of one input.
         classes: of its outputs.
         normed: whether it has BatchNorm.
+        resizable: whether it takes images of another size.
     """
 
     make: Callable[[], nn.Module]
     sample: tuple[int, ...]
     classes: int = 1000
     normed: bool = True
+    resizable: bool = True
 
 
 def _torchvision(name: str) -> nn.Module:
@@ -86,8 +88,8 @@ NETWORKS: dict[str, Network] = {
     "resnet18": Network(functools.partial(_torchvision, "resnet18"), (3, 128, 128)),
     "resnet50": Network(functools.partial(_torchvision, "resnet50"), (3, 224, 224)),
     "mobilenet_v3": Network(functools.partial(_torchvision, "mobilenet_v3_large"), (3, 224, 224)),
-    "lstm": Network(LastStep, (32, 64), normed=False),
-    "vit-hybrid": Network(_hybrid, (3, 128, 128)),
+    "lstm": Network(LastStep, (32, 64), normed=False, resizable=False),
+    "vit-hybrid": Network(_hybrid, (3, 128, 128), resizable=False),
 }
 
 

@@ -83,6 +83,9 @@ class Case(NamedTuple):
                 continue
             if "cached" in name and self.micro == 1:
                 continue
+            # Attention reads the weight of its last Linear without calling it: the hook never runs.
+            if name == "wn, torch's hook" and self.network == "vit-hybrid":
+                continue
             found.append(name)
         return found
 
@@ -136,7 +139,7 @@ def network_of(case: Case) -> tuple[nn.Module, Tensor]:
     """Return the network with its norms, and inputs."""
     made = NETWORKS[case.network]
     shape = made.sample
-    if case.size and len(shape) == 3:
+    if case.size and made.resizable:
         shape = (shape[0], case.size, case.size)
     torch.manual_seed(0)
     return made.make(), torch.randn(case.batch, *shape)

@@ -123,7 +123,9 @@ def scale_rows(weight: Tensor, factor: Tensor, layout: RowLayout) -> Tensor:
     return scaled
 
 
-def row_blocks(weight: Tensor, layout: RowLayout) -> Iterator[tuple[Tensor, slice]]:
+def row_blocks(
+    weight: Tensor, layout: RowLayout, elements: int | None = None
+) -> Iterator[tuple[Tensor, slice]]:
     """Views of whole rows, a bounded number of elements each, and which rows they are.
 
     Rows lead a block as they lead the weight; a block of a transposed weight is one of its split
@@ -132,7 +134,7 @@ def row_blocks(weight: Tensor, layout: RowLayout) -> Iterator[tuple[Tensor, slic
     if weight.numel() == 0:
         return
     rows = layout.channels(weight)
-    at_once = max(2, _BLOCK * rows // weight.numel())
+    at_once = max(2, (elements or _BLOCK) * rows // weight.numel())
     if not layout.transposed:
         for first, end in _spans(rows, at_once):
             yield weight[first:end], slice(first, end)
