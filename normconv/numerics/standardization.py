@@ -113,8 +113,8 @@ def standard_weight(gain: Tensor, v: Tensor, layout: RowLayout, dialect: str = "
     On a CPU the fused kernel of group normalization does it, each row a group: it is vectorised along
     the row, which that of batch normalization is not. Elsewhere, and for transposed layers, whose rows
     are channels as they lie, the one of batch normalization does, in fewer launches. Half and bfloat16
-    rows are computed in float32. A constant row gives 0 (up to the rounding
-    of its mean) and a row of one element gives 0, with finite gradients.
+    rows are computed in float32. A constant row gives 0 (up to the rounding of its mean) and a row of one
+    element gives 0, with finite gradients.
 
     Args:
         gain: one number a row, any row shape of the layout.
