@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from normconv.errors import Problem, UsageError
+from normconv.layers.attention import computing_once
 from normconv.layers.operators import FAMILIES, OPERATORS, row_layouts
 from normconv.layers.recurrent import ComputedFlatWeights
 from normconv.numerics import Pullback, RowLayout
@@ -121,7 +122,7 @@ def _class_for(
     if key not in _made:
         mixin = _MIXINS[kind]
         name = mixin.prefix + plain_class.__name__
-        namespace = {
+        namespace: dict[str, Any] = {
             "plain_class": plain_class,
             "weights": weights,
             "__module__": __name__,
@@ -130,6 +131,8 @@ def _class_for(
             **{weight: _computed_property(weight) for weight in weights},
         }
         cached = (ComputedFlatWeights,) if issubclass(plain_class, nn.RNNBase) else ()
+        if issubclass(plain_class, nn.MultiheadAttention):
+            namespace["forward"] = computing_once(plain_class)
         made = type(name, (mixin, *cached, plain_class), namespace)
         _made[key] = made
         for observer in _observers:

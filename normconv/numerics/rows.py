@@ -19,11 +19,15 @@ __all__ = [
     "beside",
     "fill_rows_",
     "in_memory_format_of",
+    "leading_rows",
     "row_axes",
     "row_blocks",
     "row_norms",
     "scale_rows",
     "scale_rows_",
+    "trailing_rows",
+    "weight_of_leading",
+    "weight_of_trailing",
     "wide_dtype",
     "wide_row_norms",
 ]
@@ -119,7 +123,9 @@ def scale_rows(weight: Tensor, factor: Tensor, layout: RowLayout) -> Tensor:
     return scaled
 
 
-def row_blocks(weight: Tensor, layout: RowLayout) -> Iterator[tuple[Tensor, slice]]:
+def row_blocks(
+    weight: Tensor, layout: RowLayout, elements: int | None = None
+) -> Iterator[tuple[Tensor, slice]]:
     """Views of whole rows, a bounded number of elements each, and which rows they are.
 
     Rows lead a block as they lead the weight; a block of a transposed weight is one of its split
@@ -128,7 +134,7 @@ def row_blocks(weight: Tensor, layout: RowLayout) -> Iterator[tuple[Tensor, slic
     if weight.numel() == 0:
         return
     rows = layout.channels(weight)
-    at_once = max(2, _BLOCK * rows // weight.numel())
+    at_once = max(2, (elements or _BLOCK) * rows // weight.numel())
     if not layout.transposed:
         for first, end in _spans(rows, at_once):
             yield weight[first:end], slice(first, end)
@@ -183,6 +189,57 @@ def in_memory_format_of(like: Tensor, weight: Tensor) -> Tensor:
         ):
             return weight.contiguous(memory_format=memory_format)
     return weight
+
+
+def leading_rows(weight: Tensor) -> Tensor:
+    """Lay a weight whose rows lie along axis 0 out as (O, n), for fused kernels that want it so.
+
+    A view of contiguous and of channels-last memory, since the order within a row means nothing to its
+    norm, mean and variance; else a copy. `weight_of_leading` is the way back.
+
+    >>> last = torch.empty(8, 3, 5, 5).to(memory_format=torch.channels_last)
+    >>> leading_rows(last).shape, leading_rows(last).data_ptr() == last.data_ptr()
+    (torch.Size([8, 75]), True)
+    """
+    inner = _channels_inside(weight)
+    return weight.flatten(1) if inner is None else inner.flatten(1)
+
+
+def weight_of_leading(rows: Tensor, like: Tensor) -> Tensor:
+    """View the rows (O, n) of `leading_rows(like)` as a weight of the shape and memory of `like`."""
+    inner = _channels_inside(like)
+    return rows.view(like.shape) if inner is None else rows.view(inner.shape).movedim(-1, 1)
+
+
+def _channels_inside(weight: Tensor) -> Tensor | None:
+    """The weight as (O, *K, I) where it lies in memory like that and not as it is; else None."""
+    if weight.dim() < 3 or weight.is_contiguous():
+        return None
+    inner = weight.movedim(1, -1)
+    return inner if inner.is_contiguous() else None
+
+
+def trailing_rows(weight: Tensor, layout: RowLayout) -> Tensor:
+    """Lay a transposed convolution's weight out as (n, O): a view where it is channels-last, ungrouped.
+
+    >>> trailing_rows(torch.empty(4, 3, 5), RowLayout(transposed=True, groups=2)).shape
+    torch.Size([10, 6])
+    """
+    inner = layout.split(weight).movedim(2, -1).movedim(0, -2)  # (I/groups, *K, groups, O/groups)
+    rows: Tensor = inner.flatten(-2).flatten(0, -2)
+    return rows
+
+
+def weight_of_trailing(rows: Tensor, like: Tensor, layout: RowLayout) -> Tensor:
+    """Bring the rows (n, O) of `trailing_rows(like)` to the shape and memory format of `like`."""
+    inputs, outputs, *kernel = like.shape
+    inner = rows.view(inputs // layout.groups, *kernel, layout.groups, outputs)
+    weight = inner.movedim(-2, 0).movedim(-1, 2).flatten(0, 1)
+    return (
+        weight
+        if weight.stride() == like.stride()
+        else in_memory_format_of(like, weight.contiguous())
+    )
 
 
 def wide_row_norms(weight: Tensor, layout: RowLayout) -> Tensor:

@@ -6,18 +6,20 @@ normalization with γ <= 0 folds into it exactly.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from normconv.numerics.rows import (
     RowLayout,
     fill_rows_,
-    in_memory_format_of,
-    row_norms,
-    scale_rows,
+    leading_rows,
     scale_rows_,
+    trailing_rows,
+    weight_of_leading,
+    weight_of_trailing,
     wide_dtype,
     wide_row_norms,
 )
@@ -48,8 +50,10 @@ class GainDirection(NamedTuple):
 def normed_weight(g: Tensor, v: Tensor, layout: RowLayout) -> Tensor:
     """Return w = g · v / ‖v‖ row by row, differentiable in g and v.
 
-    torch's fused kernel serves the layouts whose rows lie along axis 0; its norm of half and
-    bfloat16 rows is taken in float32. Rows of v must not be zero (see `split_weight`).
+    torch's fused kernel takes rows along the first or the last axis of a contiguous tensor, and the norm
+    of half and bfloat16 rows in float32. Rows along axis 0 are there where they lie; those of transposed
+    convolutions are laid along the last axis, a copy but in channels-last memory. Rows of v must not be
+    zero (see `split_weight`).
 
     Args:
         g: the layout's row shape.
@@ -63,12 +67,55 @@ def normed_weight(g: Tensor, v: Tensor, layout: RowLayout) -> Tensor:
     tensor([[6., 8.]])
     """
     if not layout.transposed:
-        weight = torch._weight_norm(v, g, 0)
-    else:
+        return weight_of_leading(_normed(leading_rows(v), g.reshape(-1, 1), 0), v)
+    return weight_of_trailing(_normed(trailing_rows(v, layout), g.reshape(1, -1), 1), v, layout)
+
+
+def _normed(v: Tensor, g: Tensor, dim: int) -> Tensor:
+    """The weight of a matrix whose rows are numbered along `dim`, by the cheapest way that is right."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return _plainly(v, g, dim)  # the fused kernel knows neither vmap nor forward mode
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return torch._weight_norm(v, g, dim)
+    weight: Tensor = _FusedNorm.apply(v.contiguous(), g.contiguous(), dim)
+    return weight
+
+
+def _plainly(v: Tensor, g: Tensor, dim: int) -> Tensor:
+    wide = v.to(wide_dtype(v.dtype))
+    norms = torch.linalg.vector_norm(wide, dim=1 - dim, keepdim=True)
+    weight: Tensor = wide * (g.to(wide.dtype) / norms)
+    return weight.to(v.dtype)
+
+
+class _FusedNorm(torch.autograd.Function):
+    """torch's fused kernels, with a backward pass that can itself be differentiated.
+
+    That of `torch._weight_norm` takes ‖v‖ for a constant there: its second derivatives by v are wrong.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, g: Tensor, dim: int) -> Tensor:
+        weight, norms = torch._weight_norm_interface(v, g, dim)
+        ctx.save_for_backward(v, g, norms)
+        ctx.dim = dim
+        return weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        v, g, norms = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            by_v, by_g = torch.ops.aten._weight_norm_interface_backward(
+                grad.contiguous(), v, g, norms, ctx.dim
+            )
+            return by_v, by_g, None
         wide = wide_dtype(v.dtype)
-        norms = row_norms(v.to(wide), layout)
-        weight = scale_rows(v, g.reshape(-1).to(wide) / norms, layout).to(v.dtype)
-    return in_memory_format_of(v, weight)
+        rows, gains, grads = v.to(wide), g.to(wide), grad.to(wide)
+        lengths = torch.linalg.vector_norm(rows, dim=1 - ctx.dim, keepdim=True)
+        units = rows / lengths
+        along = (grads * units).sum(1 - ctx.dim, keepdim=True)
+        by_v = (gains / lengths) * (grads - along * units)
+        return by_v.to(v.dtype), along.to(g.dtype), None
 
 
 def true_weight(g: Tensor, v: Tensor, layout: RowLayout) -> tuple[Tensor, Tensor]:

@@ -99,7 +99,8 @@ def cached_weights(model: nn.Module) -> Iterator[CachedWeights]:
         A context manager that gives a `CachedWeights`.
 
     Raises:
-        UsageError: at the end or at `flush()`: parameters changed before their gradient came.
+        UsageError: parameters are sharded over processes, which gather them for each call; at the end or
+            at `flush()`: parameters changed before their gradient came.
 
     >>> from normconv.layers import weight_norm_
     >>> net = nn.Sequential(weight_norm_(nn.Linear(2, 1)))
@@ -110,6 +111,7 @@ def cached_weights(model: nn.Module) -> Iterator[CachedWeights]:
     >>> seen is None, net[0].weight_v.grad.shape
     (True, torch.Size([1, 2]))
     """
+    _check_whole(model)
     cache, taken = CachedWeights(), []
     for path, layer in model.named_modules():
         # What an outer block has taken stays its own.
@@ -122,6 +124,19 @@ def cached_weights(model: nn.Module) -> Iterator[CachedWeights]:
         for layer in taken:
             del layer.__dict__["computed"]
         cache.flush()
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Refuse parameters that a call gathers and gives back before a cached weight is pulled back."""
+    problems = []
+    for path, layer in model.named_modules():
+        for name in layer.weights if isinstance(layer, Reparametrised) else ():
+            if any(hasattr(part, "placements") for part in layer.gain_and_v(name)):
+                full = f"{path}.{name}".lstrip(".")
+                way_out = "leave cached_weights out, or keep plain weights and use reparametrise()"
+                problems.append(Problem(full, "its parameters are sharded over processes", way_out))
+    if problems:
+        raise UsageError(problems)
 
 
 class _Reader:

@@ -94,13 +94,21 @@ def apart(a: nn.Sequential, b: nn.Sequential) -> float:
 
 
 def trajectories(
-    form: str, kind: str, options: dict[str, Any], fused: str, steps: int = STEPS, micro: int = 1
+    form: str,
+    kind: str,
+    options: dict[str, Any],
+    fused: str,
+    steps: int = STEPS,
+    micro: int = 1,
+    resume: bool = False,
 ) -> tuple[float, nn.Sequential, torch.optim.Optimizer, nn.Sequential]:
     plain, graph = net(form), wrapped(net(form), form)
     ours = reparametrise(KINDS[kind](plain.parameters(), **options), plain, form, fused=fused)
     theirs = KINDS[kind](graph.parameters(), **options)
     worst = apart(plain, graph)
-    for _ in range(steps):
+    for turn in range(steps):
+        if resume and turn == steps // 2:
+            plain, ours = resumed(plain, ours, form, kind, fused)
         learn(plain, ours, micro)
         learn(graph, theirs, micro)
         worst = max(worst, apart(plain, graph))
@@ -108,11 +116,27 @@ def trajectories(
     return worst, plain, ours, graph
 
 
+def resumed(
+    plain: nn.Sequential, ours: torch.optim.Optimizer, form: Any, kind: str, fused: str
+) -> tuple[nn.Sequential, torch.optim.Optimizer]:
+    """Another model and optimizer that go on from a file."""
+    file = io.BytesIO()
+    torch.save({"model": plain.state_dict(), "optimizer": ours.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    again = net(form, seed=3)
+    other = reparametrise(KINDS[kind](again.parameters(), lr=9.0), again, form, fused=fused)
+    again.load_state_dict(saved["model"])
+    other.load_state_dict(saved["optimizer"])
+    return again, other
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("form", ["wn", "ws"])
 def test_fifty_steps_are_those_of_the_graph(form: str, case: str) -> None:
+    """Of two micro-batches each, with a checkpoint in the middle."""
     kind, options = CASES[case]
-    worst, plain, ours, _ = trajectories(form, kind, options, "loop")
+    worst, plain, ours, _ = trajectories(form, kind, options, "loop", micro=2, resume=True)
     assert worst <= BOUND
     start = net(form)
     assert apart(plain, start) > 1e-2
@@ -180,14 +204,7 @@ def test_the_arithmetic_to_compile_is_that_of_torch(rule: Any, flags: tuple[bool
 def test_resuming_is_bit_for_bit(form: str, case: str) -> None:
     kind, options = CASES[case]
     _, plain, ours, _ = trajectories(form, kind, options, "loop", steps=5)
-    file = io.BytesIO()
-    torch.save({"model": plain.state_dict(), "optimizer": ours.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    again = net(form, seed=3)
-    other = reparametrise(KINDS[kind](again.parameters(), lr=9.0), again, form, fused="loop")
-    again.load_state_dict(saved["model"])
-    other.load_state_dict(saved["optimizer"])
+    again, other = resumed(plain, ours, form, kind, "loop")
     for _ in range(5):
         learn(plain, ours)
         learn(again, other)

@@ -8,6 +8,7 @@ from torch.nn.parameter import is_lazy
 from normconv.errors import Problem, UsageError
 from normconv.layers import row_layouts
 from normconv.numerics import RowLayout
+from normconv.training.optimizers.shards import why_cut
 
 __all__ = ["NamedLayout", "layouts_of", "unfit"]
 
@@ -54,8 +55,8 @@ def unfit(weight: Tensor, layout: RowLayout, form: str) -> str:
         return "it is lazy and has no shape yet: call the model once first"
     if not weight.is_floating_point() or weight.element_size() < 2:
         return f"it is {str(weight.dtype).removeprefix('torch.')}, which holds no product"
-    if hasattr(weight, "placements"):
-        return "it is sharded over processes"
+    if reason := why_cut(weight, layout):
+        return reason
     if weight.numel() == 0:
         return "it has no elements"
     if form == "ws" and weight.numel() == layout.channels(weight):

@@ -20,6 +20,7 @@ from normconv.numerics.rows import beside, row_axes
 from normconv.training.optimizers.forms import Form, Rows, first_rows_, form_named, row_mean
 from normconv.training.optimizers.layouts import layouts_of, unfit
 from normconv.training.optimizers.rules import Rule
+from normconv.training.optimizers.shards import local, local_grad, placed_as_rows
 from normconv.training.optimizers.stepping import (
     Weight,
     rows_leading,
@@ -75,6 +76,7 @@ class RowOptimizer(Optimizer):
             "gain_weight_decay": gain_weight_decay,
         }
         self._check_group({"params": [], **self._own_defaults})
+        self._means: dict[Tensor, Tensor] = {}
         self._complete = False
         super().__init__(params, **options)
         self._complete = True
@@ -84,7 +86,7 @@ class RowOptimizer(Optimizer):
             self._center_(group)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("way", "_explicit", "_layouts", "_own_defaults", "_complete")
+        own = ("way", "_explicit", "_layouts", "_own_defaults", "_means", "_complete")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -106,13 +108,16 @@ class RowOptimizer(Optimizer):
 
     @torch.no_grad()
     def _center_(self, group: dict[str, Any]) -> None:
-        """Take the means off the rows of standardized weights, and keep them."""
+        """Take the means off the rows of standardized weights, and keep them.
+
+        Not in `state` yet: one that is empty says that no step was taken, to torch's checkpoints too.
+        """
         for weight in self._weights_in(group) if group["form"] == "ws" else ():
-            layout = self._layouts[weight][1]
-            block = layout.split(weight) if layout.transposed else weight
+            layout, value = self._layouts[weight][1], local(weight)
+            block = layout.split(value) if layout.transposed else value
             mean = row_mean(block.to(wide_dtype(weight.dtype)), row_axes(block, layout))
             block.sub_(mean)
-            self.state[weight] = {"step": torch.tensor(0.0), "mean": mean.flatten()}
+            self._means[weight] = placed_as_rows(mean.flatten(), weight, layout)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         problems = []
@@ -175,7 +180,8 @@ class RowOptimizer(Optimizer):
         for weight in weights:
             state = self._ready(weight, form, group)
             count = int(state["step"]) + 1
-            by_count.setdefault(count, []).append(self._weight(weight, state, group))
+            if local(weight).numel():  # a process may hold no row of a small weight
+                by_count.setdefault(count, []).append(self._weight(weight, state, group))
         for count, of_count in by_count.items():
             self._step_weights(of_count, form, group, count)
         for weight in weights:
@@ -207,17 +213,19 @@ class RowOptimizer(Optimizer):
         wide, layout = wide_dtype(weight.dtype), self._layouts[weight][1]
         fresh = "gain" not in state
         if fresh:
+            if weight in self._means:
+                state["mean"] = self._means.pop(weight)
             if wide != weight.dtype:
                 state["master"] = weight.detach().to(wide, copy=True)
-            value = state.get("master", weight)
-            names = ("gain", "length", "mean") if form.centered else ("gain", "length")
-            for name in names:
+            value = local(state.get("master", weight)).detach()
+            block = layout.split(value) if layout.transposed else value
+            for name in ("gain", "length", "mean") if form.centered else ("gain", "length"):
                 if name not in state:
-                    state[name] = value.new_zeros(layout.channels(value))
-            block = layout.split(value) if layout.transposed else value.detach()
-            rows = {name: beside(state[name], block, layout) for name in names}
-            found = Rows(rows["gain"], rows["length"], rows.get("mean"))
-            first_rows_(block, found, form, row_axes(block, layout))
+                    numbers = value.new_zeros(layout.channels(value))
+                    state[name] = placed_as_rows(numbers, weight, layout)
+            found = {k: beside(v, block, layout) for k, v in _row_numbers(state).items()}
+            rows = Rows(found["gain"], found["length"], found.get("mean"))
+            first_rows_(block, rows, form, row_axes(block, layout))
         remembered = self.rule.buffers(group)
         if not remembered.keys() <= state.keys() or "step" not in state:
             state["step"] = torch.tensor(0.0)
@@ -232,19 +240,17 @@ class RowOptimizer(Optimizer):
 
     def _weight(self, weight: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Weight:
         layout = self._layouts[weight][1]
-        value = state.get("master", weight).detach()
-        grad = weight.grad
-        assert grad is not None
-        grad = grad.detach().to(value.dtype)
+        value = local(state.get("master", weight)).detach()
+        grad = local_grad(weight).to(value.dtype)
         names = self.rule.buffers(group)
-        laid, buffers = _alike(value, [grad, *(state[name] for name in names)], layout)
+        laid, buffers = _alike(value, [grad, *(local(state[name]) for name in names)], layout)
         return Weight(
             laid,
             buffers[0],
             layout,
-            {name: state[name] for name in ("gain", "length", "mean") if name in state},
+            _row_numbers(state),
             dict(zip(names, buffers[1:], strict=True)),
-            {name: state[name + _OF_GAIN] for name in names},
+            {name: local(state[name + _OF_GAIN]) for name in names},
         )
 
     def _bound_(self, state: dict[str, Any], layout: RowLayout, group: dict[str, Any]) -> None:
@@ -252,15 +258,24 @@ class RowOptimizer(Optimizer):
         bound = group["max_norm"]
         if bound is None:
             return
-        length = state["length"].double()
+        kept = local(state["length"])
+        length = kept.double()
         long = length > bound
         if not bool(long.any()):
             return
         halvings = torch.where(long, (length / bound).log2().ceil(), torch.zeros_like(length))
         factor = torch.exp2(-halvings)
-        state["length"].copy_(length * factor)
+        kept.copy_(length * factor)
         for name, power in self.rule.buffers(group).items():
-            scale_rows_(state[name], factor**power, layout)
+            scale_rows_(local(state[name]), factor**power, layout)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` goes on from, before the first step too."""
+        for weight, mean in self._means.items():
+            self.state[weight] = {"step": torch.tensor(0.0), "mean": mean}
+        self._means.clear()
+        found: dict[str, Any] = super().state_dict()
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a `state_dict` was taken, bit for bit.
@@ -269,6 +284,7 @@ class RowOptimizer(Optimizer):
         its own.
         """
         super().load_state_dict(state_dict)
+        self._means.clear()
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         present = [p for group in self.param_groups for p in group["params"]]
         for index, weight in zip(saved, present, strict=True):
@@ -278,6 +294,11 @@ class RowOptimizer(Optimizer):
                     name: value.detach().to("cpu" if name == "step" else weight.device, copy=True)
                     for name, value in state.items()
                 }
+
+
+def _row_numbers(state: dict[str, Any]) -> dict[str, Tensor]:
+    """What is kept one a row, of the rows of this process."""
+    return {name: local(state[name]) for name in ("gain", "length", "mean") if name in state}
 
 
 def _alike(value: Tensor, others: list[Tensor], layout: RowLayout) -> tuple[Tensor, list[Tensor]]:
