@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from normconv.cli.common import Opened, Provider, SourceOptions, command, emit, stage
+from normconv.cli.common import (
+    Opened,
+    Provider,
+    ReferenceOptions,
+    SourceOptions,
+    command,
+    emit,
+    stage,
+)
+from normconv.cli.recheck import Certificate, GoldenFile, Runtime, verify_certified
 from normconv.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
@@ -18,20 +27,29 @@ __all__ = ["verify"]
 
 @command
 def verify(
-    source: SourceOptions,
+    source: ReferenceOptions,
     candidate: Annotated[
         str, typer.Argument(help="A model as above, an .onnx or a .pt2 file.", show_default=False)
-    ],
+    ] = "",
     provider: Provider = None,
     min_agreement: Annotated[
         float | None,
         typer.Option("--min-agreement", help="The least share of equal top-1 answers, 0 to 1."),
     ] = None,
+    certificate: Certificate = None,
+    golden: GoldenFile = None,
+    runtime: Runtime = None,
 ) -> None:
     """Compare two models on the same inputs: what the second computes against the first.
 
-    Either may be a model, an .onnx or a .pt2 file. A file as the reference needs --input.
+    Either may be a model, an .onnx or a .pt2 file. A file as the reference needs --input. With
+    --certificate there is no model: a certified file is checked again, without torch.
     """
+    if certificate is not None or golden is not None or runtime is not None:
+        verify_certified(certificate, golden, runtime, source.source, as_json=source.as_json)
+        return
+    if not source.source or not candidate:
+        raise UsageError("name two models to compare, or --certificate NAME.certificate.json")
     opened = _reference(source)
     with stage(f"compare with {candidate}", as_json=source.as_json):
         from normconv.deploy import verify as verify_models
