@@ -118,3 +118,9 @@ def test_what_is_no_certificate_is_refused(served: Path) -> None:
     served.write_text("{}")
     with pytest.raises(nc.LoadError, match="no certificate"):
         nc.verify_certificate(served)
+
+
+def test_the_published_schema_is_the_shipped_one() -> None:
+    root = Path(__file__).resolve().parents[2]
+    published = root / "docs/certificate.schema.json"
+    assert published.read_bytes() == (root / "normconv/report/certificate.schema.json").read_bytes()
