@@ -34,6 +34,7 @@ _PUBLIC = {
     "refactor": "normconv.api",
     "save": "normconv.sources",
     "verify": "normconv.deploy",
+    "verify_certificate": "normconv.recheck",
     "wrap": "normconv.api",
     "Check": "normconv.report",
     "Plan": "normconv.plan",
@@ -95,6 +96,7 @@ if TYPE_CHECKING:
     from normconv.plan import Recipe as Recipe
     from normconv.plan import Rule as Rule
     from normconv.plan import Step as Step
+    from normconv.recheck import verify_certificate as verify_certificate
     from normconv.report import Check as Check
     from normconv.report import Report as Report
     from normconv.sources import load as load

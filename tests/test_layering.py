@@ -29,6 +29,7 @@ ROOMS = (
     "privacy",
     "training",
     "deploy",
+    "recheck",
     "api",
     "demo",
     "cli",
@@ -147,6 +148,17 @@ def test_no_torch_where_none_is_promised(room: str) -> None:
 )
 def test_light_imports_load_no_torch(statement: str) -> None:
     code = f"import sys\n{statement}\nassert not {{'torch', 'numpy', 'onnx'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent)
+
+
+def test_a_serving_machine_needs_no_torch() -> None:
+    """What checks a certificate loads no torch, nor anything that does, through every room it uses."""
+    code = (
+        "import sys\nfor name in ('torch', 'onnxscript', 'torchvision', 'timm', 'transformers'):\n"
+        "    sys.modules[name] = None\n"  # so that importing it raises ImportError
+        "import normconv.recheck, normconv.cli.app, normconv\n"
+        "normconv.verify_certificate, normconv.recheck.checking"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent)
 
 

@@ -30,6 +30,7 @@ VERBS = {
     "refactor",
     "save",
     "verify",
+    "verify_certificate",
     "wrap",
 }
 DATA = {"Check", "Plan", "Recipe", "Report", "Result", "Rule", "Step"}

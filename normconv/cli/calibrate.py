@@ -297,7 +297,7 @@ def _pair(
         yield pair
     model, report = pair.result
     report = opened.describe(report)
-    save_or_reject(model.cpu(), report, path)
+    report = save_or_reject(model.cpu(), report, path, opened)
     files = {"model": str(path), "report": str(report_path(path)), **options.draw(report)}
     emit(report.extended(facts={"written": files}), as_json=source.as_json)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,8 +17,10 @@ from rich.console import Console
 from normconv.cli.pages import Html as Html
 from normconv.cli.pages import is_main_process as is_main_process
 from normconv.cli.pages import page_wanted, write_page
+from normconv.cli.saving import report_path as report_path
+from normconv.cli.saving import reporting as reporting
+from normconv.cli.saving import save_or_reject as save_or_reject
 from normconv.errors import CheckFailed, NormconvError, Problem, UsageError
-from normconv.files import atomic_path, rejected_path, write_json
 from normconv.report import Report
 from normconv.report.html import check_html_path
 from normconv.report.terminal import print_error, print_report
@@ -39,6 +40,7 @@ __all__ = [
     "Opened",
     "Out",
     "Provider",
+    "ReferenceOptions",
     "SourceOptions",
     "check_outputs",
     "command",
@@ -223,6 +225,13 @@ class SourceOptions:
         return {"model": self.model, "model_args": arguments, "key": self.key}
 
 
+@dataclass(frozen=True)
+class ReferenceOptions(SourceOptions):
+    """The same for a command that can do without a source."""
+
+    source: Source = ""
+
+
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Make a command of a function; a parameter that is a dataclass stands for its fields.
 
@@ -284,27 +293,6 @@ def out_path(source: str, suffix: str, out: Path | None) -> Path:
     return path.with_name(f"{path.stem}{suffix}")
 
 
-def save_or_reject(model: nn.Module, report: Report, path: Path) -> None:
-    """Write model and report under their names, or, where a check failed, as ``NAME.rejected``.
-
-    A rejected pair leaves an older good pair untouched.
-    """
-    from normconv.sources import save
-
-    if not is_main_process():
-        return
-    document = report_path(path)
-    if report.passed:
-        save(model, path)
-        write_json(document, report.to_dict())
-        return
-    with atomic_path(rejected_path(path)) as temporary:
-        made = temporary.with_name(path.name)
-        save(model, made)
-        os.replace(made, temporary)
-    write_json(rejected_path(document), report.to_dict())
-
-
 def check_outputs(
     source: str | Sequence[str | None], *outputs: tuple[str, Path | None, tuple[str, ...]]
 ) -> None:
@@ -336,23 +324,6 @@ def check_outputs(
             taken[place] = f"what {option} names"
     if problems:
         raise UsageError(problems)
-
-
-def report_path(path: Path) -> Path:
-    """Name the JSON beside a model file: ``model.wn.pt`` has ``model.wn.json``."""
-    return path.with_suffix(".json")
-
-
-@contextmanager
-def reporting(path: Path, describe: Callable[[Report], Report]) -> Iterator[None]:
-    """Keep what a failed check rejected, then let the error go on."""
-    try:
-        yield
-    except CheckFailed as error:
-        error.report = describe(error.report)
-        if error.model is not None:
-            save_or_reject(error.model, error.report, path)  # type: ignore[arg-type]
-        raise
 
 
 def options_from(values: list[str] | None) -> Mapping[str, Any]:

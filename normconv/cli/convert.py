@@ -203,11 +203,11 @@ def convert(
         )
     report = opened.describe(report)
     with stage(f"write {path}", as_json=source.as_json):
-        save_or_reject(model.cpu(), report, path)
+        report = save_or_reject(model.cpu(), report, path, opened)
     files = {"model": str(path), "report": str(report_path(path)), **data_options.draw(report)}
     if onnx is not None:
         with stage(f"export {onnx}", as_json=source.as_json):
-            report = _exported(opened, model, onnx, report)
+            report = _exported(opened, model, onnx, path, report)
         files["onnx"] = str(onnx)
     emit(report.extended(facts={"written": files}), as_json=source.as_json, all_sites=all_sites)
 
@@ -248,12 +248,16 @@ def _on_data(
         )
 
 
-def _exported(opened: Opened, model: nn.Module, path: Path, report: Report) -> Report:
-    """Export a converted model and put what was found into its report."""
+def _exported(opened: Opened, model: nn.Module, path: Path, origin: Path, report: Report) -> Report:
+    """Export a converted model, saved as `origin`, and put what was found into its report."""
     from normconv.deploy import export_onnx
 
     exported = export_onnx(
-        model, path, example_inputs=opened.inputs.args, example_kwargs=opened.inputs.kwargs
+        model,
+        path,
+        example_inputs=opened.inputs.args,
+        example_kwargs=opened.inputs.kwargs,
+        origin=origin,
     )
     keep = ("opset", "nodes", "norm_nodes", "bytes")
     facts = {f"onnx {name}": exported.facts[name] for name in keep if name in exported.facts}

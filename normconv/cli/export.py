@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -29,10 +30,14 @@ def export(
         bool, typer.Option("--dynamic-batch/--static", help="Leave the batch axis free.")
     ] = True,
     provider: Provider = None,
+    golden: Annotated[
+        Path | None,
+        typer.Option("--golden", help="Also write inputs, float64 outputs and bounds: an .npz."),
+    ] = None,
 ) -> None:
     """Fold a model, export it to ONNX, and compare the file with the model in ONNX Runtime."""
     path = out_path(source.source, ".onnx", out)
-    check_outputs(source.source, ("--out", path, (".onnx",)))
+    check_outputs(source.source, ("--out", path, (".onnx",)), ("--golden", golden, (".npz",)))
     opened = source.open()
     with stage(f"fold, export and check {path}", as_json=source.as_json):
         from normconv.deploy import export_onnx
@@ -45,5 +50,7 @@ def export(
             dynamic_batch=dynamic_batch,
             opset=opset,
             providers=None if provider is None else (provider,),
+            golden=golden,
+            origin=source.source,
         )
     emit(opened.describe(report).extended(facts={"written": str(path)}), as_json=source.as_json)

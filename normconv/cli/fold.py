@@ -93,7 +93,7 @@ def fold(
         proof = prove(opened.model, folded, (), args, kwargs)
     report = report.extended(checks=proof.checks, facts=proof.facts, notes=(*needs, *proof.notes))
     report = opened.describe(report)
-    save_or_reject(folded, report, path)
+    report = save_or_reject(folded, report, path, opened)
     if not report.passed:
         raise CheckFailed(report)
     files = {"model": str(path), "report": str(report_path(path))}

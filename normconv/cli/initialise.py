@@ -70,6 +70,6 @@ def initialise(
             progress=progress,
         )
     report = opened.describe(report)
-    save_or_reject(model.cpu(), report, path)
+    report = save_or_reject(model.cpu(), report, path, opened)
     files = {"model": str(path), "report": str(report_path(path))}
     emit(report.extended(facts={"written": files}), as_json=source.as_json)

@@ -69,6 +69,6 @@ def refactor(
             example_kwargs=opened.inputs.kwargs,
         )
     report = opened.describe(report)
-    save_or_reject(model, report, path)
+    report = save_or_reject(model, report, path, opened)
     files = {"model": str(path), "report": str(report_path(path))}
     emit(report.extended(facts={"written": files}), as_json=source.as_json)

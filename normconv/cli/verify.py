@@ -11,12 +11,14 @@ import typer
 from normconv.cli.common import (
     Opened,
     Provider,
+    ReferenceOptions,
     SourceOptions,
     command,
     emit,
     stage,
 )
 from normconv.cli.devices import Device, checked_device
+from normconv.cli.recheck import Certificate, GoldenFile, Runtime, verify_certified
 from normconv.errors import CheckFailed, Problem, UsageError
 
 if TYPE_CHECKING:
@@ -47,10 +49,10 @@ Data = Annotated[
 
 @command
 def verify(
-    source: SourceOptions,
+    source: ReferenceOptions,
     candidate: Annotated[
         str, typer.Argument(help="A model as above, an .onnx or a .pt2 file.", show_default=False)
-    ],
+    ] = "",
     provider: Provider = None,
     backend: Backends = None,
     data: Data = None,
@@ -60,12 +62,21 @@ def verify(
         float | None,
         typer.Option("--min-agreement", help="The least share of equal top-1 answers, 0 to 1."),
     ] = None,
+    certificate: Certificate = None,
+    golden: GoldenFile = None,
+    runtime: Runtime = None,
 ) -> None:
     """Compare two models on the same inputs: what the second computes against the first.
 
     Either may be a model, an .onnx or a .pt2 file. A file as the reference needs --input. Axes that the
-    second leaves free are run at other sizes too.
+    second leaves free are run at other sizes too. With --certificate there is no model: a certified file
+    is checked again, without torch.
     """
+    if certificate is not None or golden is not None or runtime is not None:
+        verify_certified(certificate, golden, runtime, source.source, as_json=source.as_json)
+        return
+    if not source.source or not candidate:
+        raise UsageError("name two models to compare, or --certificate NAME.certificate.json")
     opened = _reference(source)
     batches, origin = _batches(opened, source, data)
     with stage(f"compare with {candidate}", as_json=source.as_json):

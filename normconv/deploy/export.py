@@ -15,9 +15,11 @@ import torch
 from torch import nn
 
 from normconv.deploy import onnx_graph
+from normconv.deploy.certify import certified, check_golden_path
 from normconv.deploy.clean import clean
 from normconv.deploy.parity import backend_parity
 from normconv.deploy.program import Program, batch_size, named_inputs, to_onnx
+from normconv.deploy.provenance import Origin
 from normconv.deploy.session import onnxruntime_module
 from normconv.deploy.write import data_path, draft, publish, save
 from normconv.errors import CheckFailed, Problem, Refused, UsageError
@@ -45,6 +47,8 @@ def export_onnx(
     output_names: Sequence[str] | None = None,
     check: bool = True,
     providers: Sequence[str] | None = None,
+    golden: str | os.PathLike[str] | None = None,
+    origin: Origin | None = None,
 ) -> Report:
     """Write a model as an ONNX file with plain weights, and prove the file.
 
@@ -64,9 +68,13 @@ def export_onnx(
         output_names: names of the outputs, instead of ``output``, ``output_0`` or the model's own.
         check: compare with ONNX Runtime; the graph is checked in any case.
         providers: what to run on, of ``"cpu"`` and ``"cuda"``; None takes the best there is.
+        golden: an ``.npz`` file to write: the example inputs, the original's float64 outputs and the
+            bound of each, for `verify_certificate` on another machine.
+        origin: where the model comes from, for the certificate: the file or spec it was loaded from,
+            or the report of its conversion.
 
     Returns:
-        The report; `path` holds the file.
+        The report; `path` holds the file, and ``NAME.certificate.json`` beside it the certificate.
 
     Raises:
         UsageError: an opset out of range, names that do not fit.
@@ -83,6 +91,7 @@ def export_onnx(
         onnxruntime_module()  # missing: say so before the work
     clock = _Clock()
     path = Path(path)
+    check_golden_path(golden, path)
     with draft(path) as written:
         program = _program(model, args, kwargs, dynamic_batch, opset, clock)
         _rename(program, input_names, output_names)
@@ -109,7 +118,11 @@ def export_onnx(
                 )
             clock.lap("check numbers")
         report = report.extended(facts={"seconds": clock.laps})
-        final = publish(written, path, accepted=report.passed)
+        runs_on = providers or (None,)
+        with certified(
+            report, written, model, args, kwargs, providers=runs_on, golden=golden, origin=origin
+        ) as report:
+            final = publish(written, path, accepted=report.passed)
     if not report.passed:
         raise CheckFailed(report.extended(facts={"rejected": final.name}))
     return report

@@ -1,10 +1,11 @@
-"""ONNX Runtime behind one small class that says which provider really ran."""
+"""ONNX Runtime behind one small class that says which provider really ran. It needs no torch."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -12,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from normconv.deploy.values import (
     BFLOAT16,
     ONNX_BFLOAT16,
     InputSpec,
     array,
+    bfloat16_bits,
     from_ort_value,
+    is_bfloat16,
     mismatches,
     zeros,
 )
@@ -68,9 +70,10 @@ class Session:
     Args:
         model: a path or the bytes of a file.
         provider: ``"cpu"``, ``"cuda"``, ``"tensorrt"``, ONNX Runtime's own name of another that it
-            has, or None for the best of the first two.
+            has, or None for the best of the first two; CPU where torch, which knows, is not loaded.
         tf32: allow TF32 on CUDA; off by default, since it keeps 10 bits of the mantissa.
-        threads: threads inside one operator; None takes torch's number.
+        threads: threads inside one operator; None takes torch's number, or where torch is not loaded
+            ONNX Runtime's own.
         provider_options: more options of the provider.
         frugal: take half the memory to load and run, and a little longer: weights are not copied
             into the processor's layout, and no arena is kept.
@@ -98,7 +101,7 @@ class Session:
             raise UsageError(Problem(str(model), "there is no such file"))
         self.provider = self._choose(provider)
         self._provider_list = self._providers(tf32, provider_options or {})
-        self._threads = threads or torch.get_num_threads()
+        self._threads = threads or _torch_threads()
         self._session = self._start(self._options(frugal))
         self._counts: dict[str, int] | None = None
         self._require_provider()
@@ -187,7 +190,7 @@ class Session:
     def _choose(self, provider: str | None) -> str:
         available = self._ort.get_available_providers()
         if provider is None:
-            usable = PROVIDERS["cuda"] in available and torch.cuda.is_available()
+            usable = PROVIDERS["cuda"] in available and _torch_sees_cuda()
             return "cuda" if usable else "cpu"
         if provider not in PROVIDERS and provider in available:
             return _short(provider)
@@ -232,7 +235,7 @@ class Session:
     def _start(self, options: Any) -> Any:
         with self._quiet():
             if self.provider in ("cuda", "tensorrt"):
-                # torch is imported: its wheels' CUDA libraries are the ones to load.
+                # Where torch is imported, its wheels' CUDA libraries are the ones to load.
                 getattr(self._ort, "preload_dlls", lambda: None)()
             return self._call(
                 lambda: self._ort.InferenceSession(
@@ -304,9 +307,9 @@ class Session:
         return [from_ort_value(value) for value in values]
 
     def _ort_value(self, value: Any, device: str = "cpu") -> Any:
-        if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16:
-            bits = value.detach().cpu().contiguous().view(torch.int16).numpy().view(np.uint16)
-            return self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, ONNX_BFLOAT16)
+        if is_bfloat16(value):
+            made = self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type
+            return made(bfloat16_bits(value), ONNX_BFLOAT16)
         return self._ort.OrtValue.ortvalue_from_numpy(array(value), device, 0)
 
     def _call(self, work: Any) -> Any:
@@ -319,6 +322,16 @@ class Session:
             if type(error).__module__.startswith("onnxruntime"):
                 raise Refused(Problem(self._subject, _first_line(error))) from error
             raise
+
+
+def _torch_threads() -> int:
+    torch = sys.modules.get("torch")
+    return 0 if torch is None else int(torch.get_num_threads())
+
+
+def _torch_sees_cuda() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.cuda.is_available())
 
 
 def _short(provider: str) -> str:

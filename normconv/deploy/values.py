@@ -1,13 +1,14 @@
-"""Tensors on their way into ONNX Runtime and out of it."""
+"""Tensors on their way into ONNX Runtime and out of it. Loads no torch: a serving machine has none."""
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from normconv.errors import Problem
 
@@ -16,7 +17,10 @@ __all__ = [
     "ONNX_BFLOAT16",
     "InputSpec",
     "array",
+    "bfloat16_bits",
     "from_ort_value",
+    "is_bfloat16",
+    "is_tensor",
     "mismatches",
     "zeros",
 ]
@@ -70,19 +74,34 @@ def mismatches(spec: InputSpec, value: Any) -> Iterator[Problem]:
 
 
 def _type_of(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        if value.dtype == torch.bfloat16:
-            return BFLOAT16
-        dtype = np.dtype(str(value.dtype).removeprefix("torch."))
-    else:
-        dtype = np.asarray(value).dtype
-    known = {container: name for name, container in _CONTAINERS.items()}
-    return known.get(dtype, f"tensor({dtype})")
+    name = str(value.dtype if is_tensor(value) else np.asarray(value).dtype).removeprefix("torch.")
+    known = {str(container): word for word, container in _CONTAINERS.items()}
+    return known.get(name, f"tensor({name})")
+
+
+def is_tensor(value: Any) -> bool:
+    """Say whether a value is a torch tensor; where torch is not loaded there is none."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def is_bfloat16(value: Any) -> bool:
+    """Say whether a tensor, or an array of `ml_dtypes`, holds bfloat16."""
+    return _type_of(value) == BFLOAT16
+
+
+def bfloat16_bits(value: Any) -> np.ndarray[Any, Any]:
+    """Return the bits of bfloat16 values as ``uint16``: numpy has no such type."""
+    if not is_tensor(value):
+        return np.ascontiguousarray(value).view(np.uint16)
+    torch = sys.modules["torch"]
+    bits = value.detach().cpu().contiguous().view(torch.int16).numpy()
+    return np.asarray(bits).view(np.uint16)
 
 
 def array(value: Any) -> np.ndarray[Any, Any]:
     """Return a tensor or array as an array in the processor's memory."""
-    if isinstance(value, torch.Tensor):
+    if is_tensor(value):
         return np.ascontiguousarray(value.detach().cpu().numpy())
     return np.asarray(value)
 
@@ -97,5 +116,11 @@ def from_ort_value(value: Any) -> np.ndarray[Any, Any]:
     """Return a value as an array; bfloat16 as float32."""
     if value.data_type() != BFLOAT16:
         return np.asarray(value.numpy())
-    tensor = torch.utils.dlpack.from_dlpack(value._get_c_value())
-    return tensor.float().cpu().numpy()
+    shape = tuple(value.shape())
+    count = int(np.prod(shape))
+    if not count:
+        return np.zeros(shape, np.float32)
+    # A bfloat16 is the upper half of a float32.
+    memory = ctypes.cast(value.data_ptr(), ctypes.POINTER(ctypes.c_uint16))
+    bits = np.ctypeslib.as_array(memory, (count,)).astype(np.uint32) << 16
+    return bits.view(np.float32).reshape(shape)

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from normconv.deploy.onnx_graph import initializer_bytes
 from normconv.deploy.stream import write_streamed
 from normconv.files import atomic_path, rejected_path
+from normconv.report.certificate import certificate_path
 
 __all__ = ["EXTERNAL_DATA_THRESHOLD", "data_path", "draft", "publish", "save"]
 
@@ -53,7 +54,7 @@ def publish(written: Path, path: Path, *, accepted: bool) -> Path:
     """Move a draft to its place.
 
     Args:
-        written: the draft, with its external data beside it.
+        written: the draft, with its external data and its certificate beside it.
         path: the requested name.
         accepted: False moves it to `NAME.rejected`; what stands under `path` is not touched.
 
@@ -67,6 +68,8 @@ def publish(written: Path, path: Path, *, accepted: bool) -> Path:
     with atomic_path(final) as temporary:
         if data.exists():
             os.replace(data, data_path(temporary))
+        if certificate_path(written).exists():
+            os.replace(certificate_path(written), certificate_path(temporary))
         os.replace(written, temporary)
     return final
 

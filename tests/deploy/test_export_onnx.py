@@ -51,7 +51,8 @@ def test_a_residual_net(tmp_path, capfd):
     assert report.passed
     assert digest(model) == before
     assert capfd.readouterr() == ("", "")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["net.onnx"]
+    written = {"net.onnx", "net.onnx.certificate.json"}
+    assert {entry.name for entry in tmp_path.iterdir()} == written
     facts = report.facts
     assert facts["opset"] == {"ai.onnx": 20}
     assert facts["norm_nodes"] == 0
@@ -213,9 +214,10 @@ def test_other_opsets(opset, tmp_path):
 def test_external_data(tmp_path, monkeypatch):
     monkeypatch.setattr(write, "EXTERNAL_DATA_THRESHOLD", 1000)
     report = export_onnx(Tokens(), tmp_path / "net.onnx", example_inputs=(torch.randn(2, 4, 16),))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["net.onnx", "net.onnx.data"]
+    files = sorted(p.name for p in tmp_path.iterdir())
+    assert files == ["net.onnx", "net.onnx.certificate.json", "net.onnx.data"]
     assert report.facts["external_data"]
-    assert report.facts["bytes"] == sum(p.stat().st_size for p in tmp_path.iterdir())
+    assert report.facts["bytes"] == sum(p.stat().st_size for p in tmp_path.glob("net.onnx*[xa]"))
     assert (tmp_path / "net.onnx").stat().st_size < 5000
     assert onnx_graph.weight_arithmetic(tmp_path / "net.onnx") == []
     # The folder can be moved as it is.
@@ -261,7 +263,11 @@ def test_a_wrong_file_is_rejected_and_the_older_stays(tmp_path, monkeypatch):
     with pytest.raises(CheckFailed) as caught:
         export_onnx(Residual(), path, example_inputs=(image(),))
     assert path.read_bytes() == older
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["net.onnx", "net.onnx.rejected"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "net.onnx",
+        "net.onnx.certificate.json",
+        "net.onnx.rejected",
+    ]
     assert caught.value.report.facts["rejected"] == "net.onnx.rejected"
     failed = caught.value.report.failed_checks
     assert {check.name for check in failed} >= {"cpu batch 2 output"}
