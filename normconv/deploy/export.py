@@ -124,10 +124,9 @@ def export_onnx(
         clock.lap("check graph")
         if check:
             # A trace holds for the branches its example took: other values must take them too.
-            given = [
-                ("", (args, kwargs)),
-                *([("negated ", _negated(args, kwargs))] if traced else []),
-            ]
+            given = [("", (args, kwargs))]
+            if traced:
+                given += [(f"inputs x {by} ", _scaled(args, kwargs, by)) for by in (100, -100)]
             for provider, (label, (some, named)) in itertools.product(on, given):
                 parity = backend_parity(
                     model, written, some, named, inputs=inputs, dynamic=dynamic, provider=provider
@@ -145,13 +144,13 @@ def export_onnx(
     return report
 
 
-def _negated(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
+def _scaled(
+    args: tuple[Any, ...], kwargs: dict[str, Any], by: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    def negate(leaf: Any) -> Any:
-        return -leaf if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+    def scale(leaf: Any) -> Any:
+        return leaf * by if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
 
-    found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(negate, (args, kwargs))
+    found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(scale, (args, kwargs))
     return found
 
 

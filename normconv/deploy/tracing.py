@@ -25,8 +25,8 @@ __all__ = ["to_onnx_or_traced"]
 
 _TRACED = (
     "torch.export failed, so the older exporter (dynamo=False) traced one run: a branch that depends "
-    "on the values of the input is fixed as the example took it; the file was also run on the negated "
-    "inputs"
+    "on the values of the input is fixed as the example took it; the file was also run on the "
+    "inputs times 100 and -100"
 )
 
 
