@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from normconv.cli.common import (
+    At,
     Out,
     Provider,
     SourceOptions,
@@ -25,7 +26,18 @@ __all__ = ["export"]
 def export(
     source: SourceOptions,
     out: Out = None,
-    opset: Annotated[int | None, typer.Option("--opset", help="18 to 20.")] = None,
+    opset: Annotated[int | None, typer.Option("--opset", help="18 to 20; ort-cuda to 21.")] = None,
+    runtime: Annotated[
+        str,
+        typer.Option("--runtime", help="What it is for: generic, ort-cpu, ort-cuda or tensorrt."),
+    ] = "generic",
+    at: At = "",
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method", metavar="NAME", help="This method, not forward; --input is then its input."
+        ),
+    ] = "",
     dynamic_batch: Annotated[
         bool, typer.Option("--dynamic-batch/--static", help="Leave the batch axis free.")
     ] = True,
@@ -49,6 +61,9 @@ def export(
             example_kwargs=opened.inputs.kwargs,
             dynamic_batch=dynamic_batch,
             opset=opset,
+            runtime=runtime,
+            at=at,
+            method=method,
             providers=None if provider is None else (provider,),
             golden=golden,
             origin=source.source,

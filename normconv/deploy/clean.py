@@ -16,12 +16,13 @@ from onnxscript import optimizer
 import normconv
 from normconv.deploy.onnx_graph import MODULE_KEY, weight_cone
 
-__all__ = ["VERSION_KEY", "clean"]
+__all__ = ["SCOPES_KEY", "VERSION_KEY", "clean"]
 
 #: Where a file says which normconv wrote it.
 VERSION_KEY = "normconv.version"
 
-_SCOPES = "pkg.torch.onnx.name_scopes"
+#: Where the exporter keeps the names of the modules around a node.
+SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 _MODULE_NAME = re.compile(r"[\w.\-]+")
 _ROUNDS = 4  # a fold can open the way for the next; one is enough in every graph seen
 
@@ -112,7 +113,7 @@ def _module(node: ir.Node) -> str:
     The exporter keeps the names from the outermost module to the operator.
     """
     try:
-        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, ""))
+        scopes = ast.literal_eval(node.metadata_props.get(SCOPES_KEY, ""))
     except (SyntaxError, ValueError):
         return ""
     if not isinstance(scopes, list) or len(scopes) < 2:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +15,27 @@ import onnx
 import onnx_ir as ir
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from normconv.deploy import onnx_graph
 from normconv.deploy.certify import certified, check_golden_path
 from normconv.deploy.clean import clean
 from normconv.deploy.parity import backend_parity
-from normconv.deploy.program import Program, batch_size, named_inputs, to_onnx
+from normconv.deploy.parts import part_of
+from normconv.deploy.probing import provider_problem
+from normconv.deploy.profiles import Profile, profile_of
+from normconv.deploy.program import Program, batch_size, named_inputs
 from normconv.deploy.provenance import Origin
 from normconv.deploy.session import onnxruntime_module
+from normconv.deploy.stamp import stamp
+from normconv.deploy.tracing import to_onnx_or_traced
 from normconv.deploy.write import data_path, draft, publish, save
 from normconv.errors import CheckFailed, Problem, Refused, UsageError
 from normconv.folding import fold
 from normconv.numerics import give_back_memory
 from normconv.report import Check, Report
 
-__all__ = ["DEFAULT_OPSET", "OPSETS", "export_onnx"]
-
-#: Below 18 the exporter has no operators; from 21 GroupNormalization is one node that runtimes
-#: inline or misread (ONNX Runtime: twice as slow on CPU; TensorRT: wrong for one group).
-OPSETS = range(18, 21)
-DEFAULT_OPSET = 20
+__all__ = ["export_onnx"]
 
 
 def export_onnx(
@@ -47,6 +50,9 @@ def export_onnx(
     output_names: Sequence[str] | None = None,
     check: bool = True,
     providers: Sequence[str] | None = None,
+    runtime: str = "generic",
+    at: str = "",
+    method: str = "",
     golden: str | os.PathLike[str] | None = None,
     origin: Origin | None = None,
 ) -> Report:
@@ -63,11 +69,15 @@ def export_onnx(
         example_kwargs: keyword inputs.
         dynamic_batch: leave axis 0 of the inputs free. Every input tensor whose axis 0 has the size
             of the first one's counts as batched.
-        opset: 18 to 20; None takes 20.
+        opset: the operator set; None takes the one of `runtime`.
         input_names: names of the inputs, instead of the parameters of ``forward``.
         output_names: names of the outputs, instead of ``output``, ``output_0`` or the model's own.
         check: compare with ONNX Runtime; the graph is checked in any case.
-        providers: what to run on, of ``"cpu"`` and ``"cuda"``; None takes the best there is.
+        providers: what to run on, of ``"cpu"``, ``"cuda"`` and ``"tensorrt"``; None takes that of
+            `runtime` where this machine has it, else the best there is.
+        runtime: what the file is for: ``"generic"``, ``"ort-cpu"``, ``"ort-cuda"``, ``"tensorrt"``.
+        at: export this submodule only, with the inputs it gets when the whole model runs.
+        method: export this method instead of ``forward``; the example inputs are then its own.
         golden: an ``.npz`` file to write: the example inputs, the original's float64 outputs and the
             bound of each, for `verify_certificate` on another machine.
         origin: where the model comes from, for the certificate: the file or spec it was loaded from,
@@ -77,29 +87,44 @@ def export_onnx(
         The report; `path` holds the file, and ``NAME.certificate.json`` beside it the certificate.
 
     Raises:
-        UsageError: an opset out of range, names that do not fit.
-        Refused: an LSTM with a projection, which ONNX has not.
+        UsageError: an unknown runtime, submodule or method, an opset out of range, names that do not
+            fit, a folder or a disk that takes no file.
+        Refused: a provider that was asked for is not there; an LSTM with a projection, which ONNX has
+            not.
         CaptureError: no graph could be made.
         MissingDependency: no ONNX Runtime to check with.
         CheckFailed: a check failed; the file stands at ``NAME.rejected`` and `path` is untouched.
     """
     args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
     kwargs = dict(example_kwargs or {})
-    opset = _checked_opset(opset)
+    profile = profile_of(runtime)
+    opset = profile.checked_opset(opset)
+    # Before the work: what is missing to check with.
+    on, note = _providers(profile, providers) if check else ((), "")
+    model, args, kwargs, notes = part_of(model, at, method, args, kwargs)
     _refuse_projections(model)
-    if check:
-        onnxruntime_module()  # missing: say so before the work
     clock = _Clock()
     path = Path(path)
     check_golden_path(golden, path)
     with draft(path) as written:
-        program = _program(model, args, kwargs, dynamic_batch, opset, clock)
+        program = _program(model, args, kwargs, dynamic_batch, opset, clock, traceable=check)
         _rename(program, input_names, output_names)
         clean(program.model)
+        program.model.metadata_props.update(stamp(model))
         save(program.model, written)
         inputs = tuple(str(value.name) for value in program.model.graph.inputs)
-        report = _described(model, path, args, kwargs, program)
+        report = _described(model, path, args, kwargs, program).extended(
+            facts={
+                "runtime": profile.name,
+                "group_norm": profile.group_norm(opset),
+                "exporter": program.exporter,
+                **({"at": at} if at else {}),
+                **({"method": method} if method else {}),
+            },
+            notes=(*notes, note) if note else notes,
+        )
         batch_norms, dynamic = program.batch_norms, program.dynamic
+        traced = program.exporter == "torchscript"
         # The graph shares the folded weights: with it goes the folded copy.
         _release_weights(program.model)
         del program
@@ -109,12 +134,18 @@ def export_onnx(
         give_back_memory()
         clock.lap("check graph")
         if check:
-            for provider in providers or (None,):
+            # A trace holds for the branches its example took: other values must take them too.
+            given = [("", (args, kwargs))]
+            if traced:
+                given += [(f"inputs x {by} ", _scaled(args, kwargs, by)) for by in (100, -100)]
+            for provider, (label, (some, named)) in itertools.product(on, given):
                 parity = backend_parity(
-                    model, written, args, kwargs, inputs=inputs, dynamic=dynamic, provider=provider
+                    model, written, some, named, inputs=inputs, dynamic=dynamic, provider=provider
                 )
                 report = report.extended(
-                    checks=parity.checks, facts=parity.facts, notes=parity.notes
+                    checks=tuple(replace(c, name=label + c.name) for c in parity.checks),
+                    facts={label + name: fact for name, fact in parity.facts.items()},
+                    notes=() if label else parity.notes,
                 )
             clock.lap("check numbers")
         report = report.extended(facts={"seconds": clock.laps})
@@ -126,6 +157,16 @@ def export_onnx(
     if not report.passed:
         raise CheckFailed(report.extended(facts={"rejected": final.name}))
     return report
+
+
+def _scaled(
+    args: tuple[Any, ...], kwargs: dict[str, Any], by: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def scale(leaf: Any) -> Any:
+        return leaf * by if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+
+    found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(scale, (args, kwargs))
+    return found
 
 
 class _Clock:
@@ -142,20 +183,19 @@ class _Clock:
         self._last = now
 
 
-def _checked_opset(opset: int | None) -> int:
-    if opset is None:
-        return DEFAULT_OPSET
-    if opset not in OPSETS:
-        first, last = OPSETS[0], OPSETS[-1]
-        raise UsageError(
-            Problem(
-                "opset",
-                f"{opset} is not in {first} to {last}; from 21 on a group norm is one node, which "
-                "runtimes inline or misread",
-                f"use opset={min(max(opset, first), last)}",
-            )
-        )
-    return opset
+def _providers(profile: Profile, asked: Sequence[str] | None) -> tuple[tuple[str | None, ...], str]:
+    """Return the providers to check on, and a note where it is not the runtime's own."""
+    onnxruntime_module()
+    problems = {name: provider_problem(name) for name in asked or ()}
+    if any(problems.values()):
+        way_out = "use provider cpu, or see `normconv doctor`"
+        raise Refused([Problem(f"provider {n}", p, way_out) for n, p in problems.items() if p])
+    if asked:
+        return tuple(asked), ""
+    own = profile.provider
+    if own is None or not (problem := provider_problem(own)):
+        return (own,), ""
+    return (None,), f"written for {profile.name}, and not checked on {own}: {problem}"
 
 
 def _refuse_projections(model: nn.Module) -> None:
@@ -180,10 +220,13 @@ def _program(
     dynamic_batch: bool,
     opset: int,
     clock: _Clock,
+    traceable: bool,
 ) -> Program:
     folded = fold(model, share_tensors=True).model.eval()
     clock.lap("fold")
-    program = to_onnx(folded, args, kwargs, dynamic_batch=dynamic_batch, opset=opset)
+    program = to_onnx_or_traced(
+        folded, args, kwargs, dynamic_batch=dynamic_batch, opset=opset, traceable=traceable
+    )
     clock.lap("export")
     return program
 

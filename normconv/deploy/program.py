@@ -19,7 +19,7 @@ from normconv.errors import CaptureError, Problem
 from normconv.graph.quiet import quiet
 from normconv.proof.outputs import flat_outputs
 
-__all__ = ["Program", "batch_size", "named_inputs", "resized", "to_onnx"]
+__all__ = ["Program", "batch_size", "flat_forward", "named_inputs", "resized", "to_onnx"]
 
 _BATCH = "batch"
 # Both become BatchNormalization nodes: an instance norm with running statistics does too.
@@ -36,6 +36,7 @@ class Program:
         batch_norms: how many batch norms the torch graph has.
         dynamic: True when the batch axis is free.
         note: why it is not, when a free one was asked for.
+        exporter: what captured the module: ``"torch.export"`` or ``"torchscript"``.
     """
 
     model: ir.Model
@@ -43,6 +44,7 @@ class Program:
     batch_norms: int
     dynamic: bool
     note: str = ""
+    exporter: str = "torch.export"
 
 
 def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
@@ -124,7 +126,7 @@ def to_onnx(
     Raises:
         CaptureError: no graph could be made, with a free batch or without.
     """
-    with _flat_forward(model):
+    with flat_forward(model):
         return _capture(model, args, kwargs, dynamic_batch, opset)
 
 
@@ -200,7 +202,7 @@ def _translate(
 
 
 @contextlib.contextmanager
-def _flat_forward(model: nn.Module) -> Iterator[None]:
+def flat_forward(model: nn.Module) -> Iterator[None]:
     """Let the model return {name: tensor}: integers and None in an output break the exporter."""
     forward = model.forward
     own = model.__dict__.get("forward")

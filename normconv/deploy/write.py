@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import onnx_ir as ir
 
 from normconv.deploy.onnx_graph import initializer_bytes
 from normconv.deploy.stream import write_streamed
+from normconv.errors import Problem, UsageError
 from normconv.files import atomic_path, rejected_path
 from normconv.report.certificate import certificate_path
 
@@ -20,6 +22,10 @@ __all__ = ["EXTERNAL_DATA_THRESHOLD", "data_path", "draft", "publish", "save"]
 
 #: A protobuf message ends at 2 GiB; the graph itself needs some of it.
 EXTERNAL_DATA_THRESHOLD = (2 << 30) - (64 << 20)
+
+_UNWRITABLE = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+)
 
 _INLINE_BYTES = 1024  # a shape or a scalar stays in the file: tools read them there
 
@@ -43,11 +49,22 @@ def save(model: ir.Model, path: Path) -> None:
 
 @contextmanager
 def draft(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a path of the same name in a folder beside `path` that is removed in the end."""
+    """Give a path of the same name in a folder beside `path` that is removed in the end.
+
+    Raises:
+        UsageError: the disk is full, or takes no file there.
+    """
     final = Path(path)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent) as folder:
-        yield Path(folder) / final.name
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent) as folder:
+            yield Path(folder) / final.name
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        what = f"it cannot be written: {error.strerror}; nothing was left there"
+        way_out = "free space there, or name a file elsewhere"
+        raise UsageError(Problem(str(final), what, way_out)) from error
 
 
 def publish(written: Path, path: Path, *, accepted: bool) -> Path:

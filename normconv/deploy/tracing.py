@@ -1,0 +1,128 @@
+"""The older exporter, which traces one run of a module, for what the newer refuses."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from normconv.deploy.clean import SCOPES_KEY
+from normconv.deploy.compare import onnx_name
+from normconv.deploy.program import Program, batch_size, flat_forward, named_inputs, to_onnx
+from normconv.errors import CaptureError, Problem
+from normconv.graph.quiet import quiet
+
+__all__ = ["to_onnx_or_traced"]
+
+_TRACED = (
+    "torch.export failed, so the older exporter (dynamo=False) traced one run: a branch that depends "
+    "on the values of the input is fixed as the example took it; the file was also run on the "
+    "inputs times 100 and -100"
+)
+
+
+def to_onnx_or_traced(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    dynamic_batch: bool,
+    opset: int,
+    traceable: bool,
+) -> Program:
+    """Capture a module by torch.export, and where that fails by tracing one run of it.
+
+    Args:
+        model: in eval mode; give a copy.
+        args: example inputs.
+        kwargs: example keyword inputs.
+        dynamic_batch: leave the batch axis free.
+        opset: the operator set.
+        traceable: allow the tracer. What it writes holds for one path through the module, so only a
+            file whose numbers are checked may come from it.
+
+    Raises:
+        CaptureError: no graph could be made.
+    """
+    try:
+        return to_onnx(model, args, kwargs, dynamic_batch=dynamic_batch, opset=opset)
+    except CaptureError as refusal:
+        if not traceable:
+            raise
+        try:
+            return _traced(model, args, kwargs, dynamic_batch=dynamic_batch, opset=opset)
+        except Exception as error:  # a tracer runs the user's code
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            also = Problem(type(model).__name__, f"tracing it failed too: {line}")
+            raise CaptureError([*refusal.problems, also]) from error
+
+
+def _traced(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    dynamic_batch: bool,
+    opset: int,
+) -> Program:
+    named = named_inputs(model, args, kwargs)
+    batch = batch_size(args, kwargs) if dynamic_batch else None
+    norms = sum(isinstance(module, _NormBase) for module in model.modules())
+    with flat_forward(model), quiet(), torch.no_grad():
+        outputs = model(*args, **kwargs)
+        names = [onnx_name(name) for name in outputs]
+        free = {**named, **dict(zip(names, outputs.values(), strict=True))}
+        axes = {n: {0: "batch"} for n, v in free.items() if v.ndim and v.shape[0] == batch}
+        with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+            warnings.simplefilter("ignore")
+            path = Path(folder) / "traced.onnx"
+            torch.onnx.export(
+                model,
+                args,
+                path,
+                kwargs=dict(kwargs),
+                dynamo=False,
+                opset_version=opset,
+                input_names=list(named),
+                output_names=names,
+                dynamic_axes=axes,
+            )
+            graph = ir.from_proto(onnx.load(path))
+    for value in (*graph.graph.inputs, *graph.graph.outputs):
+        # The exporter guesses free axes of the outputs, and gives them the batch's name.
+        free_axes = axes.get(str(value.name), {})
+        sizes = free[str(value.name)].shape
+        value.shape = ir.Shape([free_axes.get(i, int(size)) for i, size in enumerate(sizes)])
+    for node in ir.traversal.RecursiveGraphIterator(graph.graph):
+        if module := _module_of(str(node.name or "")):
+            # As the newer exporter says it; cleaning reads that.
+            node.metadata_props[SCOPES_KEY] = repr(["", module, node.name])
+    return Program(graph, tuple(named), norms, batch is not None, _TRACED, "torchscript")
+
+
+_LAST = re.compile(r"/[^/]*$")
+
+
+def _module_of(node: str) -> str:
+    """Read the module's name out of a traced node's.
+
+    >>> _module_of("/layers/layers.0/conv/Conv_1")
+    'layers.0.conv'
+    """
+    parts: list[str] = []
+    for part in _LAST.sub("", node).strip("/").split("/"):
+        # A container stands twice: by its own name, and before its child's number.
+        if parts and part.startswith(f"{parts[-1]}."):
+            parts[-1] = part
+        elif part:
+            parts.append(part)
+    return ".".join(parts)
