@@ -38,6 +38,10 @@ def export(
             "--method", metavar="NAME", help="This method, not forward; --input is then its input."
         ),
     ] = "",
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="fp32, fp16 or bf16; norms, inputs, outputs stay fp32."),
+    ] = None,
     dynamic_batch: Annotated[
         bool, typer.Option("--dynamic-batch/--static", help="Leave the batch axis free.")
     ] = True,
@@ -64,6 +68,7 @@ def export(
             runtime=runtime,
             at=at,
             method=method,
+            dtype=dtype,
             providers=None if provider is None else (provider,),
             golden=golden,
             origin=source.source,

@@ -20,12 +20,14 @@ from torch.utils import _pytree as pytree
 from normconv.deploy import onnx_graph
 from normconv.deploy.certify import certified, check_golden_path
 from normconv.deploy.clean import clean
-from normconv.deploy.parity import backend_parity
+from normconv.deploy.parity import backend_parity, rounded_parity
 from normconv.deploy.parts import part_of
+from normconv.deploy.precision import precision_of
 from normconv.deploy.probing import provider_problem
 from normconv.deploy.profiles import Profile, profile_of
 from normconv.deploy.program import Program, batch_size, named_inputs
 from normconv.deploy.provenance import Origin
+from normconv.deploy.rounding import round_graph
 from normconv.deploy.session import onnxruntime_module
 from normconv.deploy.stamp import stamp
 from normconv.deploy.tracing import to_onnx_or_traced
@@ -53,6 +55,7 @@ def export_onnx(
     runtime: str = "generic",
     at: str = "",
     method: str = "",
+    dtype: str | None = None,
     golden: str | os.PathLike[str] | None = None,
     origin: Origin | None = None,
 ) -> Report:
@@ -78,6 +81,9 @@ def export_onnx(
         runtime: what the file is for: ``"generic"``, ``"ort-cpu"``, ``"ort-cuda"``, ``"tensorrt"``.
         at: export this submodule only, with the inputs it gets when the whole model runs.
         method: export this method instead of ``forward``; the example inputs are then its own.
+        dtype: what the file computes in: ``"fp32"``, ``"fp16"`` or ``"bf16"``; None leaves it as the
+            model is. Norms stay in float32 between casts, inputs and outputs too. A bf16 file has
+            opset 22.
         golden: an ``.npz`` file to write: the example inputs, the original's float64 outputs and the
             bound of each, for `verify_certificate` on another machine.
         origin: where the model comes from, for the certificate: the file or spec it was loaded from,
@@ -87,10 +93,10 @@ def export_onnx(
         The report; `path` holds the file, and ``NAME.certificate.json`` beside it the certificate.
 
     Raises:
-        UsageError: an unknown runtime, submodule or method, an opset out of range, names that do not
-            fit, a folder or a disk that takes no file.
+        UsageError: an unknown runtime, dtype, submodule or method, an opset out of range, names that do
+            not fit, a folder or a disk that takes no file.
         Refused: a provider that was asked for is not there; an LSTM with a projection, which ONNX has
-            not.
+            not; weights beyond the range of `dtype`.
         CaptureError: no graph could be made.
         MissingDependency: no ONNX Runtime to check with.
         CheckFailed: a check failed; the file stands at ``NAME.rejected`` and `path` is untouched.
@@ -98,7 +104,8 @@ def export_onnx(
     args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
     kwargs = dict(example_kwargs or {})
     profile = profile_of(runtime)
-    opset = profile.checked_opset(opset)
+    precision = precision_of(dtype, model, opset, golden)
+    opset = profile.checked_opset(None if precision.least_opset else opset)
     # Before the work: what is missing to check with.
     on, note = _providers(profile, providers) if check else ((), "")
     model, args, kwargs, notes = part_of(model, at, method, args, kwargs)
@@ -110,6 +117,7 @@ def export_onnx(
         program = _program(model, args, kwargs, dynamic_batch, opset, clock, traceable=check)
         _rename(program, input_names, output_names)
         clean(program.model)
+        rounded = round_graph(program.model, precision) if precision.is_half else None
         program.model.metadata_props.update(stamp(model))
         save(program.model, written)
         inputs = tuple(str(value.name) for value in program.model.graph.inputs)
@@ -120,6 +128,7 @@ def export_onnx(
                 "exporter": program.exporter,
                 **({"at": at} if at else {}),
                 **({"method": method} if method else {}),
+                **(rounded.facts if rounded else {}),
             },
             notes=(*notes, note) if note else notes,
         )
@@ -139,7 +148,7 @@ def export_onnx(
             if traced:
                 given += [(f"inputs x {by} ", _scaled(args, kwargs, by)) for by in (100, -100)]
             for provider, (label, (some, named)) in itertools.product(on, given):
-                parity = backend_parity(
+                parity = (rounded_parity if rounded else backend_parity)(
                     model, written, some, named, inputs=inputs, dynamic=dynamic, provider=provider
                 )
                 report = report.extended(

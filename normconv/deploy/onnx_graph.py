@@ -28,6 +28,7 @@ __all__ = [
     "node_counts",
     "non_initializer_weights",
     "norm_nodes",
+    "norms_of",
     "weight_arithmetic",
     "weight_cone",
 ]
@@ -265,9 +266,16 @@ def norm_nodes(source: Source) -> list[NormNode]:
     InstanceNormalization → Reshape (how a group norm is written up to opset 20), and the arithmetic
     x / sqrt(mean(x²) + ε) of layer and RMS norms. A scale and shift (Mul, Add) is no norm.
     """
-    model = as_ir(source)
-    constant = constant_values(model)
     found = []
+    for node, kind, decomposed in norms_of(as_ir(source)):
+        ref = _ref(node)
+        found.append(NormNode(ref.name, ref.op, ref.module, kind, decomposed))
+    return found
+
+
+def norms_of(model: ir.Model) -> Iterator[tuple[ir.Node, str, bool]]:
+    """Give the node that tells of a norm (its root, if arithmetic), its kind, whether decomposed."""
+    constant = constant_values(model)
     for node in _nodes(model):
         kind = _NORM_OPS.get(node.op_type, "")
         decomposed = False
@@ -277,9 +285,7 @@ def norm_nodes(source: Source) -> list[NormNode]:
             kind = _arithmetic_norm(node)
             decomposed = bool(kind)
         if kind:
-            ref = _ref(node)
-            found.append(NormNode(ref.name, ref.op, ref.module, kind, decomposed))
-    return found
+            yield node, kind, decomposed
 
 
 def _between_reshapes(node: ir.Node) -> bool:

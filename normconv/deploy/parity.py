@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from normconv.numerics import give_back_memory, relative_l2
 from normconv.proof.outputs import evaluate
 from normconv.report import Check
 
-__all__ = ["OTHER_BATCHES", "Parity", "backend_errors", "backend_parity"]
+__all__ = ["OTHER_BATCHES", "Parity", "backend_errors", "backend_parity", "rounded_parity"]
 
 #: The batches at which a file with a free batch axis is run besides the example's own.
 OTHER_BATCHES = (1, 3)
@@ -32,6 +32,7 @@ OTHER_BATCHES = (1, 3)
 _MOST_FORGIVEN = 10.0
 
 
+_RAN = ("outputs", "nodes_by_provider", "first to leave the bound")
 _FIXED = "export with dynamic_batch=False"
 
 
@@ -109,6 +110,43 @@ def backend_parity(
     notes = _precision_notes(reference, session.provider)
     ran = {"nodes_by_provider": session.nodes_per_provider(), "outputs": facts}
     return Parity(tuple(checks), {f"{session.provider} run": ran}, notes)
+
+
+def rounded_parity(
+    model: nn.Module,
+    path: Path,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    inputs: Sequence[str],
+    dynamic: bool,
+    provider: str | None,
+) -> Parity:
+    """Judge a file of half precision as `normconv.verify` does, against the model as it was given.
+
+    Where a device computes in its dtype, the file is run there. On the CPU its structure is checked and
+    its weights, as they are stored, are run in float64.
+
+    Args:
+        model: the original, in float32.
+        path: the file.
+        args: example inputs.
+        kwargs: example keyword inputs.
+        inputs: the file's inputs, in order; they go by name here.
+        dynamic: also run other sizes.
+        provider: as `Session` takes it.
+    """
+    # `verify` makes files of models itself, to know the floor of a backend.
+    from normconv.deploy.verification import verify
+
+    report = verify(model, path, (args, kwargs), provider=provider, other_sizes=dynamic)
+    ran_on = report.facts.get("provider", provider or "cpu")
+    facts = {name: report.facts[name] for name in _RAN if name in report.facts}
+    return Parity(
+        tuple(replace(check, name=f"{ran_on} {check.name}") for check in report.checks),
+        {f"{ran_on} run": facts},
+        report.notes,
+    )
 
 
 def backend_errors(
