@@ -73,11 +73,15 @@ class Reference:
         native = self.native[name]
         if not native.is_floating_point():
             return 0.0
-        dtypes = [native.dtype, *([candidate.dtype] if candidate.is_floating_point() else [])]
-        dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+        dtype = self.coarser(name, candidate)
         own = self.own_error(name)
         bound = noise_bound(dtype, own if own != own else max(own, backend_error))
         return max(bound, FLOAT64_BOUND) if dtype == torch.float64 else bound
+
+    def coarser(self, name: str, candidate: Tensor) -> torch.dtype:
+        """Return the coarser of the floating dtypes of an output and of a candidate for it."""
+        dtypes = [v.dtype for v in (self.native[name], candidate) if v.is_floating_point()]
+        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 @dataclass(frozen=True)
@@ -261,7 +265,7 @@ def _detail(value: Tensor, exact: Tensor, reference: Reference, name: str) -> st
     own = reference.own_error(name)
     if own != own:
         return "the original itself breaks in its own dtype"
-    if value.is_floating_point() and (reason := unprovable(value.dtype, own)):
+    if value.is_floating_point() and (reason := unprovable(reference.coarser(name, value), own)):
         return reason
     return "rel-L2 against float64"
 

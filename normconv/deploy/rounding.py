@@ -88,7 +88,7 @@ class _Rounding:
             if node not in kept and (slots := self._slots(node)) is not None
         }
         self._names = {value.name for value in self._values()}
-        self._casts = 0
+        self._casts: set[ir.Node] = set()
 
     def run(self) -> Rounded:
         """Round the initializers, mark what the nodes give, and cast at every border."""
@@ -107,9 +107,17 @@ class _Rounding:
                 self._cast(value)
         if problems:
             raise Refused(problems)
-        half = sum(self._half in (*s.inputs, *s.outputs) for s in self._computing.values())
-        touching = sum(_touches_floats(node) for node in self._graph) - self._casts
-        return Rounded(self._precision.name, half, touching - half, self._casts)
+        return self._counted()
+
+    def _counted(self) -> Rounded:
+        counts = {self._half: 0, _FLOAT: 0}
+        for node in self._graph:
+            if node in self._casts or node.op_type in _TELLS_SHAPES:
+                continue
+            dtypes = {value.dtype for value in (*node.inputs, *node.outputs) if value is not None}
+            dtype = self._half if self._half in dtypes else _FLOAT
+            counts[dtype] += dtype in dtypes
+        return Rounded(self._precision.name, counts[self._half], counts[_FLOAT], len(self._casts))
 
     def _values(self) -> Iterator[ir.Value]:
         yield from self._graph.inputs
@@ -225,7 +233,7 @@ class _Rounding:
             self._graph.insert_after(producer, cast)
             if MODULE_KEY in producer.metadata_props:
                 cast.metadata_props[MODULE_KEY] = producer.metadata_props[MODULE_KEY]
-        self._casts += 1
+        self._casts.add(cast)
         _replace(users.get(other, []), cast.outputs[0])
         if is_output:
             for index, output in enumerate(self._graph.outputs):
@@ -256,16 +264,10 @@ class _Slots:
 _UNFIT = "unfit"
 _GRAPHS = frozenset({ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS})
 # No cast is due before these.
-_TAKES_ANY = frozenset({"Cast", "Shape", "Size"})
+_TELLS_SHAPES = frozenset({"Shape", "Size"})
+_TAKES_ANY = _TELLS_SHAPES | {"Cast"}
 
 
 def _replace(uses: list[Any], value: ir.Value) -> None:
     for use in uses:
         use.node.replace_input_with(use.idx, value)
-
-
-def _touches_floats(node: ir.Node) -> bool:
-    return any(
-        value is not None and value.dtype is not None and value.dtype.is_floating_point()
-        for value in (*node.inputs, *node.outputs)
-    )

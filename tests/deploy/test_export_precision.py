@@ -17,7 +17,9 @@ from torch import Tensor, nn
 import normconv as nc
 from normconv.deploy import export_onnx
 from normconv.deploy.onnx_graph import norm_nodes
+from normconv.deploy.precision import PRECISIONS
 from normconv.deploy.regions import norm_regions
+from normconv.deploy.rounding import _Rounding, round_graph
 from normconv.errors import CheckFailed, Refused, UsageError
 
 IMAGE = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
@@ -161,84 +163,116 @@ def test_a_wrong_rounded_weight_is_seen(exported, tmp_path):
 
 
 def test_a_file_that_fails_is_not_published(tmp_path, monkeypatch):
-    from normconv.deploy.rounding import _Rounding
-
     right = _Rounding._round
-    monkeypatch.setattr(
-        _Rounding,
-        "_round",
-        lambda self, array: right(self, array * (1.25 if array.ndim > 1 else 1)),
-    )
+    monkeypatch.setattr(_Rounding, "_round", lambda self, array: right(self, array * 1.25))
     with pytest.raises(CheckFailed, match="output"):
-        export_onnx(network(), tmp_path / "x.onnx", example_inputs=IMAGE, dtype="fp16")
+        export_onnx(
+            nn.Linear(3, 2), tmp_path / "x.onnx", example_inputs=IMAGE[0, :, 0, :3], dtype="fp16"
+        )
     assert not (tmp_path / "x.onnx").exists()
 
 
-def test_onnx_runtime_runs_a_float16_file(tmp_path):
-    path, net = tmp_path / "net.onnx", network()
-    export_onnx(net, path, example_inputs=IMAGE, dtype="fp16", check=False)
+def test_onnx_runtime_runs_a_float16_file(exported):
+    dtype, path, _ = exported
+    if dtype != "fp16":
+        pytest.skip("ONNX Runtime has no bfloat16 convolution on the CPU")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    net = network().double()
     for size in (2, 3):
         given = torch.cat([IMAGE, -IMAGE])[:size]
         (found,) = session.run(None, {"input": given.numpy()})
-        exact = net.double()(given.double()).detach()
-        net.float()
         assert found.dtype == np.float32
+        exact = net(given.double()).detach()
         assert nc.numerics.relative_l2(torch.from_numpy(found), exact) < 4 * 2.0**-10
 
 
 def test_weights_beyond_the_range_are_refused_by_name(tmp_path):
-    net = network()
+    layer = nn.Linear(3, 2)
     with torch.no_grad():
-        net[0].weight[0, 0, 0, 0] = 70_000.0
-        net[7].bias[1] = -1e6
+        layer.weight[0, 0] = 70_000.0
+        layer.bias[1] = -1e6
     with pytest.raises(Refused) as refused:
-        export_onnx(net, tmp_path / "x.onnx", example_inputs=IMAGE, dtype="fp16")
-    assert [problem.where for problem in refused.value.problems] == ["0.weight", "7.bias"]
+        export_onnx(layer, tmp_path / "x.onnx", example_inputs=IMAGE[0, :, 0, :3], dtype="fp16")
+    assert [problem.where for problem in refused.value.problems] == ["weight", "bias"]
     assert "holds 7e+04, and the largest fp16 is 6.55e+04" in str(refused.value)
     assert "use bf16 or fp32" in str(refused.value)
     assert list(tmp_path.iterdir()) == []
-    export_onnx(net, tmp_path / "x.onnx", example_inputs=IMAGE, dtype="bf16")
 
 
-def test_a_norms_own_weights_may_exceed_the_range(tmp_path):
-    net = network()
-    with torch.no_grad():
-        net[1].weight[0] = 70_000.0
-    report = export_onnx(net, tmp_path / "x.onnx", example_inputs=IMAGE, dtype="fp16")
-    assert report.passed
+def rounded(text: str, dtype: str = "fp16") -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Round a graph of one line a node; return its constants and the element type of each value."""
+    header = '<ir_version: 10, opset_import: ["" : 20]> g '
+    model = ir.from_proto(onnx.parser.parse_model(header + text))
+    round_graph(model, PRECISIONS[dtype])
+    proto = onnx.shape_inference.infer_shapes(ir.to_proto(model), strict_mode=True)
+    onnx.checker.check_model(proto, full_check=True)
+    kinds = {v.name: v.type.tensor_type.elem_type for v in proto.graph.value_info}
+    kinds |= {t.name: t.data_type for t in proto.graph.initializer}
+    return {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}, kinds
 
 
-class Positions(nn.Module):
-    """Positions beyond what half precision counts, a mask, an epsilon."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor, index: Tensor) -> Tensor:
-        angle = index.float().unsqueeze(-1) * torch.tensor([1.0, 0.01, 0.001, 0.1])
-        y = self.linear(x) + torch.sin(angle)
-        y = torch.where(index.unsqueeze(-1) > 2050, y, torch.finfo(torch.float32).min)
-        return torch.softmax(y, 1) / (y.abs().amax(-1, keepdim=True) * 0 + 1e-12).clamp_min(1e-9)
+def test_bf16_holds_what_fp16_does_not():
+    text = """(float[2, 3] x) => (float[2, 3] y) <float[3] w = {70000, 1, 2}> { y = Mul(x, w) }"""
+    with pytest.raises(Refused, match="w: holds 7e\\+04"):
+        rounded(text)
+    stored, _ = rounded(text, "bf16")
+    assert stored["w"].astype(float).tolist() == [70144.0, 1.0, 2.0]
 
 
-def test_positions_masks_and_epsilons_survive(tmp_path):
-    torch.manual_seed(0)
-    path = tmp_path / "x.onnx"
-    given = (torch.randn(2, 3, 4), torch.tensor([[2049, 2051, 2053], [1, 4097, 4099]]))
-    export_onnx(Positions(), path, example_inputs=given, dtype="fp16", check=False)
-    graph, kinds = typed(path)
-    sine = next(node for node in graph.node if node.op_type == "Sin")
-    assert kinds[sine.output[0]] == TensorProto.FLOAT
-    halves = [
-        numpy_helper.to_array(t)
-        for t in graph.initializer
-        if t.data_type == TensorProto.FLOAT16 and not t.name.startswith("linear")
-    ]
-    assert all(np.isfinite(v).all() for v in halves)
-    assert any((v == np.finfo(np.float16).min).all() for v in halves), "the mask"
-    assert all(v.all() for v in halves if v.size == 1 and v.item() >= 0 and v.item() < 1e-6)
+def test_a_norms_own_weights_may_exceed_the_range():
+    """One of them is used outside as well, and is stored in both dtypes."""
+    stored, kinds = rounded(
+        """(float[2, 3] x) => (float[2, 3] y) <float[3] w = {70000, 1, 2}, float[3] b = {0.1, 0, 1}> {
+          n = LayerNormalization(x, w, b)
+          r = Relu(n)
+          y = Add(r, b)
+        }"""
+    )
+    assert stored["w"].dtype == stored["b"].dtype == np.float32
+    assert stored["b_float16"].tolist() == [np.float16(0.1), 0, 1]
+    assert kinds["r"] == TensorProto.FLOAT16
+
+
+def test_masks_and_epsilons_survive():
+    stored, _ = rounded(
+        """(float[2, 3] x, bool[2, 3] m) => (float[2, 3] y)
+        <float low = {-3.4028234663852886e38}, float eps = {1e-12}, float[2] w = {1e-12, 1}> {
+          a = Where(m, x, low)
+          y = Max(a, eps)
+        }"""
+    )
+    assert stored["low"] == np.finfo(np.float16).min
+    assert stored["eps"] == np.finfo(np.float16).smallest_subnormal
+
+
+def test_positions_are_counted_in_float32_until_they_meet_a_weight():
+    _, kinds = rounded(
+        """(int64[2, 3] i, float[2, 3] x) => (float[2, 3] y, float[2, 2] z)
+        <float f = {0.01}, float[3, 2] w = {1, 2, 3, 4, 5, 6}> {
+          p = Cast<to = 1>(i)
+          a = Mul(p, f)
+          s = Sin(a)
+          y = Add(x, s)
+          z = MatMul(p, w)
+        }"""
+    )
+    assert kinds["p"] == kinds["a"] == kinds["s"] == TensorProto.FLOAT
+    assert kinds["w"] == TensorProto.FLOAT16
+
+
+def test_an_input_that_takes_float32_only_keeps_it():
+    """Resize takes its scales in float32; Range has no half kind."""
+    _, kinds = rounded(
+        """(float[1, 1, 2, 2] x, float n) => (float[1, 1, 4, 4] y, float[N] r)
+        <float[4] scales = {1, 1, 2, 2}, float zero = {0}, float one = {1}> {
+          a = Relu(x)
+          b = Resize<mode = "nearest">(a, , scales)
+          y = Relu(b)
+          r = Range(zero, n, one)
+        }"""
+    )
+    assert kinds["b"] == TensorProto.FLOAT16
+    assert kinds["scales"] == kinds["zero"] == TensorProto.FLOAT
 
 
 def test_a_region_of_a_layer_norm_written_out():
@@ -286,6 +320,8 @@ def test_a_model_that_is_rounded_already(tmp_path):
 
 
 def test_fp32_is_the_file_without_the_option(tmp_path):
-    export_onnx(network(), tmp_path / "a.onnx", example_inputs=IMAGE, check=False)
-    export_onnx(network(), tmp_path / "b.onnx", example_inputs=IMAGE, check=False, dtype="fp32")
+    for name, options in (("a.onnx", {}), ("b.onnx", {"dtype": "fp32"})):
+        given = IMAGE[0, :, 0, :3]
+        torch.manual_seed(0)
+        export_onnx(nn.Linear(3, 2), tmp_path / name, example_inputs=given, check=False, **options)
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
