@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from normconv.deploy.clean import clean
 from normconv.deploy.contenders import BACKENDS as TIMED
 from normconv.deploy.contenders import backend_problem
-from normconv.deploy.export import export_onnx
-from normconv.deploy.program import batch_size, resized
+from normconv.deploy.profiles import PROFILES
+from normconv.deploy.program import batch_size, resized, to_onnx
 from normconv.deploy.rounded import HALVES, Float64File, weights_dtype
 from normconv.deploy.runners import (
     CompiledRunner,
@@ -24,6 +25,7 @@ from normconv.deploy.runners import (
     ProgramRunner,
     Runner,
 )
+from normconv.deploy.write import save
 from normconv.errors import (
     CaptureError,
     CheckFailed,
@@ -152,7 +154,11 @@ class Forms:
         if self._file is None:
             path = self._folder / f"{type(self.model).__name__}.onnx"
             model, (args, kwargs) = self._to_capture()
-            export_onnx(model, path, example_inputs=args, example_kwargs=kwargs, check=False)
+            folded = fold(model, share_tensors=True).model.eval()
+            opset = PROFILES["generic"].opset
+            program = to_onnx(folded, args, kwargs, dynamic_batch=True, opset=opset)
+            clean(program.model)
+            save(program.model, path)
             self._file = path
         return self._file
 

@@ -15,6 +15,7 @@ from normconv.deploy.compare import Comparison, Reference, compare, onnx_name
 from normconv.deploy.program import batch_size, named_inputs, resized, to_onnx
 from normconv.deploy.runners import session_outputs
 from normconv.deploy.session import Session
+from normconv.deploy.verification import verify
 from normconv.deploy.write import save
 from normconv.errors import NormconvError, Refused
 from normconv.layers import copy_model
@@ -136,9 +137,6 @@ def rounded_parity(
         dynamic: also run other sizes.
         provider: as `Session` takes it.
     """
-    # `verify` makes files of models itself, to know the floor of a backend.
-    from normconv.deploy.verification import verify
-
     report = verify(model, path, (args, kwargs), provider=provider, other_sizes=dynamic)
     ran_on = report.facts.get("provider", provider or "cpu")
     facts = {name: report.facts[name] for name in _RAN if name in report.facts}
