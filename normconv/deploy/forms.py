@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from normconv.deploy.clean import clean
 from normconv.deploy.contenders import BACKENDS as TIMED
 from normconv.deploy.contenders import backend_problem
+from normconv.deploy.probing import provider_problem
 from normconv.deploy.profiles import PROFILES
 from normconv.deploy.program import batch_size, resized, to_onnx
 from normconv.deploy.rounded import HALVES, Float64File, weights_dtype
@@ -218,23 +219,20 @@ def open_file(path: Path, provider: str | None, tf32: bool) -> FileRunner:
     Raises:
         NormconvError: it does not run there.
     """
-    half = weights_dtype(path) in HALVES
-    runner: FileRunner | None = None
+    on_cpu = provider == "cpu" or (provider is None and bool(provider_problem("cuda")))
+    if not on_cpu or weights_dtype(path) not in HALVES:
+        return OnnxRunner(path, provider, tf32=tf32)
+    # ONNX Runtime is not even asked: 1.31 ends the process where it fuses a float16 MatMul with the
+    # Transpose before it on the CPU.
     try:
-        runner = OnnxRunner(path, provider, tf32=tf32)
-    except Refused:
-        if not half or provider not in (None, "cpu"):
-            raise
-    if half and (runner is None or runner.provider == "cpu"):
+        return Float64File(path)
+    except Exception as error:
+        # onnx's evaluator has its own ways to say that it has no such operator.
         try:
-            return Float64File(path)
-        except Exception as error:
-            # onnx's evaluator has its own ways to say that it has no such operator.
-            if runner is None:
-                what = f"neither ONNX Runtime nor onnx's evaluator runs it ({error})"
-                raise Refused(Problem(str(path), what)) from error
-    assert runner is not None
-    return runner
+            return OnnxRunner(path, provider, tf32=tf32)
+        except Refused:
+            what = f"neither ONNX Runtime nor onnx's evaluator runs it ({error})"
+            raise Refused(Problem(str(path), what)) from error
 
 
 def is_finding(error: Exception) -> bool:

@@ -127,11 +127,7 @@ class _Rounding:
 
     def _slots(self, node: ir.Node) -> _Slots | None:
         """Return the dtype of each slot of a node that computes in half precision; None if it cannot."""
-        if (
-            node.domain
-            or node.op_type in _RECURRENT
-            or any(attribute.type in _GRAPHS for attribute in node.attributes.values())
-        ):
+        if node.domain or any(attribute.type in _GRAPHS for attribute in node.attributes.values()):
             return None
         if node.op_type != "Cast" and not any(
             value is not None and value.dtype == _FLOAT for value in node.inputs
@@ -266,8 +262,6 @@ class _Slots:
 
 
 _UNFIT = "unfit"
-# ONNX Runtime (1.31) ends the process when it opens a file with a float16 LSTM on the CPU.
-_RECURRENT = frozenset({"LSTM", "GRU", "RNN"})
 _GRAPHS = frozenset({ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS})
 # No cast is due before these.
 _TELLS_SHAPES = frozenset({"Shape", "Size"})
