@@ -15,12 +15,13 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
 import normconv as nc
-from normconv.deploy import export_onnx
+from normconv.deploy import export_onnx, forms
 from normconv.deploy.onnx_graph import norm_nodes
 from normconv.deploy.precision import PRECISIONS
 from normconv.deploy.regions import norm_regions
 from normconv.deploy.rounding import _Rounding, round_graph
 from normconv.errors import CheckFailed, Refused, UsageError
+from tests.cli.test_commands import invoke_json
 
 IMAGE = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
 HALVES = {
@@ -160,6 +161,24 @@ def test_a_wrong_rounded_weight_is_seen(exported, tmp_path):
     onnx.save(model, tmp_path / "wrong.onnx")
     report = nc.verify(network(), tmp_path / "wrong.onnx", IMAGE)
     assert [check.name for check in report.failed_checks if check.measured] == ["output"]
+
+
+def test_onnx_runtime_is_not_asked_on_the_cpu(exported, monkeypatch):
+    """It ends the process on some float16 files (a Transpose before a MatMul)."""
+
+    def opened(*_: object, **__: object) -> None:
+        raise AssertionError("ONNX Runtime opens the file")
+
+    monkeypatch.setattr(forms, "OnnxRunner", opened)
+    assert nc.verify(network(), exported[1], IMAGE, provider="cpu").passed
+
+
+def test_the_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(nn.Linear(3, 2), "m.pt")
+    document = invoke_json("export", "m.pt", "--input", "2x3", "--dtype", "bf16", "-o", "m.onnx")
+    assert document["facts"]["dtype"] == "bf16"
+    assert document["facts"]["opset"] == {"ai.onnx": 22}
 
 
 def test_a_file_that_fails_is_not_published(tmp_path, monkeypatch):
