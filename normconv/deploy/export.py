@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from normconv.deploy import onnx_graph
+from normconv.deploy.axes import Asked, Axes, asked_axes, axis_names
 from normconv.deploy.certify import certified, check_golden_path
 from normconv.deploy.clean import clean
 from normconv.deploy.parity import backend_parity
@@ -45,6 +46,7 @@ def export_onnx(
     example_inputs: tuple[Any, ...] | torch.Tensor,
     example_kwargs: Mapping[str, Any] | None = None,
     dynamic_batch: bool = True,
+    dynamic: Asked | None = None,
     opset: int | None = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
@@ -69,6 +71,10 @@ def export_onnx(
         example_kwargs: keyword inputs.
         dynamic_batch: leave axis 0 of the inputs free. Every input tensor whose axis 0 has the size
             of the first one's counts as batched.
+        dynamic: other axes to leave free, and their names in the file: ``{2: "frames"}`` for every
+            input that has the first one's size there, ``{"x": {2: "frames"}}`` for one input, or
+            both together. The file is run at three sizes or more of each. Where it names an axis 0,
+            or an axis "batch", `dynamic_batch` adds nothing.
         opset: the operator set; None takes the one of `runtime`.
         input_names: names of the inputs, instead of the parameters of ``forward``.
         output_names: names of the outputs, instead of ``output``, ``output_0`` or the model's own.
@@ -88,9 +94,9 @@ def export_onnx(
 
     Raises:
         UsageError: an unknown runtime, submodule or method, an opset out of range, names that do not
-            fit, a folder or a disk that takes no file.
+            fit, an axis that no input has, a folder or a disk that takes no file.
         Refused: a provider that was asked for is not there; an LSTM with a projection, which ONNX has
-            not.
+            not; an axis of `dynamic` whose size the model fixes.
         CaptureError: no graph could be made.
         MissingDependency: no ONNX Runtime to check with.
         CheckFailed: a check failed; the file stands at ``NAME.rejected`` and `path` is untouched.
@@ -103,11 +109,14 @@ def export_onnx(
     on, note = _providers(profile, providers) if check else ((), "")
     model, args, kwargs, notes = part_of(model, at, method, args, kwargs)
     _refuse_projections(model)
+    free = asked_axes(dynamic or {}, named_inputs(model, args, kwargs))
+    if any(0 in axes for axes in free.values()) or "batch" in axis_names(free):
+        dynamic_batch = False
     clock = _Clock()
     path = Path(path)
     check_golden_path(golden, path)
     with draft(path) as written:
-        program = _program(model, args, kwargs, dynamic_batch, opset, clock, traceable=check)
+        program = _program(model, args, kwargs, dynamic_batch, free, opset, clock, traceable=check)
         _rename(program, input_names, output_names)
         clean(program.model)
         program.model.metadata_props.update(stamp(model))
@@ -123,7 +132,7 @@ def export_onnx(
             },
             notes=(*notes, note) if note else notes,
         )
-        batch_norms, dynamic = program.batch_norms, program.dynamic
+        batch_norms, batched, limits = program.batch_norms, program.dynamic, program.limits
         traced = program.exporter == "torchscript"
         # The graph shares the folded weights: with it goes the folded copy.
         _release_weights(program.model)
@@ -140,7 +149,15 @@ def export_onnx(
                 given += [(f"inputs x {by} ", _scaled(args, kwargs, by)) for by in (100, -100)]
             for provider, (label, (some, named)) in itertools.product(on, given):
                 parity = backend_parity(
-                    model, written, some, named, inputs=inputs, dynamic=dynamic, provider=provider
+                    model,
+                    written,
+                    some,
+                    named,
+                    inputs=inputs,
+                    dynamic=batched,
+                    provider=provider,
+                    free=free,
+                    limits=limits,
                 )
                 report = report.extended(
                     checks=tuple(replace(c, name=label + c.name) for c in parity.checks),
@@ -218,6 +235,7 @@ def _program(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     dynamic_batch: bool,
+    free: Axes,
     opset: int,
     clock: _Clock,
     traceable: bool,
@@ -225,7 +243,13 @@ def _program(
     folded = fold(model, share_tensors=True).model.eval()
     clock.lap("fold")
     program = to_onnx_or_traced(
-        folded, args, kwargs, dynamic_batch=dynamic_batch, opset=opset, traceable=traceable
+        folded,
+        args,
+        kwargs,
+        dynamic_batch=dynamic_batch,
+        opset=opset,
+        traceable=traceable,
+        free=free,
     )
     clock.lap("export")
     return program
