@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
-import torch
 from torch import Tensor
 
 from normconv.errors import Problem, UsageError
@@ -21,7 +20,6 @@ __all__ = [
     "other_sizes_of",
     "parse_axes",
     "prime_below",
-    "stretched",
 ]
 
 #: What a caller writes: names by axis, for all inputs or under the name of one.
@@ -79,6 +77,7 @@ def asked_axes(asked: Asked, inputs: Mapping[str, Tensor]) -> dict[str, dict[int
         UsageError: an input or axis that is not there, a name that is none or that stands for two
             sizes or for two axes of one input. All are listed.
 
+    >>> import torch
     >>> asked_axes({2: "frames"}, {"x": torch.zeros(1, 4, 9), "length": torch.zeros(1)})
     {'x': {2: 'frames'}}
     """
@@ -138,25 +137,6 @@ def _bad_names(
 
 def _shape(tensor: Tensor) -> str:
     return "x".join(str(size) for size in tensor.shape) or "a single number"
-
-
-def stretched(tensor: Tensor, axis: int, size: int) -> Tensor:
-    """Return a tensor of another size along an axis: its first entries, then repeats.
-
-    A repeat of floats is shrunk by eighths, so that no two entries are the same and a graph that
-    mixes them up is seen.
-
-    >>> stretched(torch.tensor([[8.0, 16.0]]), 1, 3)
-    tensor([[ 8., 16.,  7.]])
-    """
-    own = tensor.shape[axis]
-    index = torch.arange(size, device=tensor.device)
-    taken = tensor.index_select(axis, index % own)
-    if not taken.is_floating_point():
-        return taken
-    # 1, 7/8, 6/8 ... 1/8, 1: exact in every dtype.
-    scale = 1.0 - (index // own % 8).to(taken.dtype) / 8.0
-    return taken * scale.reshape([-1 if i == axis else 1 for i in range(taken.ndim)])
 
 
 def name_axes(model: ir.Model, axes: Axes) -> None:

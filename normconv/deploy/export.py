@@ -21,11 +21,12 @@ from normconv.deploy import onnx_graph
 from normconv.deploy.axes import Asked, Axes, asked_axes, axis_names
 from normconv.deploy.certify import certified, check_golden_path
 from normconv.deploy.clean import clean
+from normconv.deploy.inputs import batch_size, named_inputs
 from normconv.deploy.parity import backend_parity
 from normconv.deploy.parts import part_of
 from normconv.deploy.probing import provider_problem
 from normconv.deploy.profiles import Profile, profile_of
-from normconv.deploy.program import Program, batch_size, named_inputs
+from normconv.deploy.program import Program
 from normconv.deploy.provenance import Origin
 from normconv.deploy.session import onnxruntime_module
 from normconv.deploy.stamp import stamp
@@ -291,6 +292,10 @@ def _described(
 ) -> Report:
     shapes = {name: list(value.shape) for name, value in named_inputs(model, args, kwargs).items()}
     notes = [program.note] if program.note else []
+    for name, (lower, upper) in program.limits.items():
+        if lower > 2 or upper is not None:
+            to = "" if upper is None else f" to {upper}"
+            notes.append(f"{name}: torch.export captured what the model does from {lower}{to}")
     if program.dynamic and batch_size(args, kwargs) == 1:
         notes.append("the example has one sample: it was repeated to capture a free batch axis")
     return Report(

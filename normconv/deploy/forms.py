@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from normconv.deploy.contenders import BACKENDS as TIMED
 from normconv.deploy.contenders import backend_problem
 from normconv.deploy.export import export_onnx
-from normconv.deploy.program import batch_size, resized
+from normconv.deploy.inputs import batch_size, resized
 from normconv.deploy.rounded import HALVES, Float64File, weights_dtype
 from normconv.deploy.runners import (
     CompiledRunner,

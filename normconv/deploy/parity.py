@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from normconv.deploy.axes import Axes, Limits, axis_names, other_sizes_of
 from normconv.deploy.compare import Comparison, Reference, compare, onnx_name
-from normconv.deploy.program import at_size, batch_size, named_inputs, resized, size_of, to_onnx
+from normconv.deploy.inputs import at_size, batch_size, named_inputs, resized, size_of
+from normconv.deploy.program import to_onnx
 from normconv.deploy.runners import session_outputs
 from normconv.deploy.session import Session
 from normconv.deploy.sizes import OTHER_BATCHES
@@ -31,7 +32,7 @@ __all__ = ["Parity", "backend_errors", "backend_parity"]
 _MOST_FORGIVEN = 10.0
 
 _FIXED = "export with dynamic_batch=False"
-_NOT_FREE = "leave the axis out of `dynamic`"
+_NOT_FREE = "leave the axis out of `dynamic`, or give an example of another size"
 _SIZES = 3  # of an axis that is said to be free, the example's own among them
 
 

@@ -1,4 +1,4 @@
-"""From a torch module to an ONNX graph: batch axis, names, capture. Nothing is written here."""
+"""From a torch module to an ONNX graph: free axes, names, capture. Nothing is written here."""
 
 from __future__ import annotations
 
@@ -14,23 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from normconv.deploy.axes import Axes, Limits, axis_names, name_axes, stretched
+from normconv.deploy.axes import Axes, Limits, axis_names, name_axes
 from normconv.deploy.compare import onnx_name
+from normconv.deploy.inputs import at_size, batch_size, has_batch, named_inputs, resized, size_of
 from normconv.errors import CaptureError, Problem, Refused
 from normconv.graph.quiet import quiet
 from normconv.proof.outputs import flat_outputs
 
-__all__ = [
-    "Program",
-    "at_size",
-    "batch_size",
-    "flat_forward",
-    "named_inputs",
-    "places",
-    "resized",
-    "size_of",
-    "to_onnx",
-]
+__all__ = ["Program", "flat_forward", "to_onnx"]
 
 _BATCH = "batch"
 # Both become BatchNormalization nodes: an instance norm with running statistics does too.
@@ -62,54 +53,6 @@ class Program:
     limits: Limits = field(default_factory=dict)
 
 
-def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    """Return the first axis of the first tensor that has one; None when there is none.
-
-    >>> batch_size((torch.tensor(3.0), torch.zeros(4, 2)), {})
-    4
-    """
-    for leaf in pytree.tree_leaves((args, dict(kwargs))):
-        if isinstance(leaf, Tensor) and leaf.ndim:
-            return int(leaf.shape[0])
-    return None
-
-
-def resized(value: Any, batch: int, size: int) -> Any:
-    """Return nested inputs with `size` samples: the first ones, then repeats, as `stretched` makes.
-
-    Args:
-        value: nested inputs.
-        batch: the first axis of the tensors that are resized; others stay.
-        size: how many samples are wanted.
-    """
-    if size == batch:
-        return value
-
-    def resize(leaf: Any) -> Any:
-        return stretched(leaf, 0, size) if _has_batch(leaf, batch) else leaf
-
-    return pytree.tree_map(resize, value)
-
-
-def named_inputs(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    """Return every input tensor by the name it has in an exported graph.
-
-    >>> list(named_inputs(nn.Linear(2, 1), (torch.zeros(1, 2),), {}))
-    ['input']
-    """
-    signature = inspect.signature(model.forward)
-    arguments = dict(signature.bind(*args, **kwargs).arguments)
-    for parameter in signature.parameters.values():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            arguments.update(arguments.pop(parameter.name, {}))
-    tensors = flat_outputs(arguments)
-    return {
-        name.removeprefix("output.").replace(".", "_"): value for name, value in tensors.items()
-    }
-
-
 def to_onnx(
     model: nn.Module,
     args: tuple[Any, ...],
@@ -131,7 +74,8 @@ def to_onnx(
 
     Raises:
         CaptureError: no graph could be made, with a free batch or without.
-        Refused: the model fixes the size of an axis of `free`.
+        Refused: the model fixes the size of an axis of `free`; a CaptureError where a recurrent layer
+            may be the cause.
     """
     with flat_forward(model):
         return _capture(model, args, kwargs, dynamic_batch, opset, free or {})
@@ -189,7 +133,7 @@ def _freed(
     named = named_inputs(model, args, kwargs)
     axes = {key: dict(free.get(key, {})) for key in named}
     for key, tensor in named.items():
-        if batch is not None and _has_batch(tensor, batch):
+        if batch is not None and has_batch(tensor, batch):
             axes[key][0] = _BATCH
     names = axis_names(axes)
     dims: dict[str, Any] = {name: torch.export.Dim(name, min=1) for name in names}
@@ -204,73 +148,31 @@ def _freed(
             program = _translate(model, args, kwargs, axes, hints, opset)
         except Exception:
             raise error from None
-        _refuse_fixed(program.limits, [name for name in names if name != _BATCH], error)
+        _refuse_fixed(model, program.limits, axis_names(free), error)
         if program.limits.get(_BATCH, (0, None)) == (batch, batch):
             raise
     return replace(program, dynamic=batch is not None, free=free)
 
 
-def places(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], free: Axes, name: str
-) -> list[tuple[Tensor, int]]:
-    """Return every input tensor with an axis of that name, and which axis it is."""
-    named = named_inputs(model, args, kwargs)
-    return [
-        (named[key], axis)
-        for key, axes in free.items()
-        for axis, its in axes.items()
-        if its == name
-    ]
-
-
-def size_of(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], free: Axes, name: str
-) -> int:
-    """Return the size of the axes of one name, which is the same for all of them."""
-    tensor, axis = places(model, args, kwargs, free, name)[0]
-    return int(tensor.shape[axis])
-
-
-def at_size(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    free: Axes,
-    name: str,
-    size: int,
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the inputs with another size along the axes of one name.
-
-    Args:
-        model: whose inputs they are.
-        args: positional inputs.
-        kwargs: keyword inputs.
-        free: the free axes, by input.
-        name: the name of those to change.
-        size: the size they get.
-    """
-    axis_of = {id(tensor): axis for tensor, axis in places(model, args, kwargs, free, name)}
-
-    def change(leaf: Any) -> Any:
-        return stretched(leaf, axis_of[id(leaf)], size) if id(leaf) in axis_of else leaf
-
-    changed: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(change, (args, dict(kwargs)))
-    return changed
-
-
-def _refuse_fixed(limits: Limits, names: list[str], error: Exception) -> None:
+def _refuse_fixed(model: nn.Module, limits: Limits, names: list[str], error: Exception) -> None:
     """Refuse the axes that the model takes at the example's size alone."""
+    guards = [line.strip("- \t") for line in str(error).splitlines() if "guard" in line]
     problems = [
         Problem(
             f"axis {name!r}",
-            f"the model fixes its size at {limits[name][0]} ({_summary(error)})",
+            f"the model fixes its size at {limits[name][0]}: "
+            + next((line for line in guards if f" {name} =" in line), _summary(error)),
             "leave it out, or compute what depends on the size from the input's shape, without int()",
         )
         for name in names
         if name in limits and limits[name][0] == limits[name][1]
     ]
-    if problems:
-        raise Refused(problems)
+    if not problems:
+        return
+    # torch.export unrolls a recurrent layer over its time axis; the tracer writes it as one node.
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        raise CaptureError(problems)
+    raise Refused(problems)
 
 
 def _translate(
@@ -363,10 +265,6 @@ def _is_flat(structure: Any) -> bool:
     return isinstance(structure, dict) and all(
         str(name).split(".")[0] == "output" for name in structure
     )
-
-
-def _has_batch(leaf: Any, batch: int) -> bool:
-    return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
 
 
 def _dynamic_shapes(

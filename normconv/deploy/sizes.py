@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from normconv.deploy.axes import prime_below
-from normconv.deploy.program import batch_size, resized
+from normconv.deploy.inputs import batch_size, resized
 from normconv.deploy.runners import FileRunner, ModuleRunner, ProgramRunner, Runner
 
 __all__ = ["OTHER_BATCHES", "Sized", "other_sizes"]

@@ -18,15 +18,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from normconv.deploy.axes import Axes, axis_names, other_sizes_of
 from normconv.deploy.clean import SCOPES_KEY
 from normconv.deploy.compare import onnx_name
-from normconv.deploy.program import (
-    Program,
-    at_size,
-    batch_size,
-    flat_forward,
-    named_inputs,
-    size_of,
-    to_onnx,
-)
+from normconv.deploy.inputs import at_size, batch_size, named_inputs, size_of
+from normconv.deploy.program import Program, flat_forward, to_onnx
 from normconv.errors import CaptureError, Problem
 from normconv.graph.quiet import quiet
 

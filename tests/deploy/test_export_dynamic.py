@@ -97,7 +97,9 @@ def test_height_and_width_where_odd_sizes_are_refused_by_the_model(tmp_path):
 
 
 def test_a_size_that_the_model_fixes_is_refused(tmp_path):
-    with pytest.raises(Refused, match=r"axis 'frames': the model fixes its size at 16 .*leave it"):
+    with pytest.raises(
+        Refused, match="'frames': the model fixes its size at 16: .*16 <= .*; leave"
+    ):
         export_onnx(Baked(), tmp_path / "x.onnx", example_inputs=mel(), dynamic={2: "frames"})
     assert list(tmp_path.iterdir()) == []
     # The batch axis alone is no matter.
@@ -107,6 +109,28 @@ def test_a_size_that_the_model_fixes_is_refused(tmp_path):
 def test_sizes_beyond_a_branch_are_run(tmp_path):
     with pytest.raises(CheckFailed, match="cpu frames 8 output"):
         export_onnx(Branches(), tmp_path / "x.onnx", example_inputs=mel(), dynamic={2: "frames"})
+
+
+def test_the_time_axis_of_a_recurrent_layer(tmp_path):
+    """torch.export unrolls it; the tracer does not."""
+
+    class Gru(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru = nn.GRU(4, 3, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.gru(x)[0]
+
+    path = tmp_path / "x.onnx"
+    with pytest.raises(CaptureError, match="axis 'time': the model fixes its size at 6"):
+        export_onnx(
+            Gru(), path, example_inputs=torch.randn(2, 6, 4), dynamic={1: "time"}, check=False
+        )
+    report = export_onnx(Gru(), path, example_inputs=torch.randn(2, 6, 4), dynamic={1: "time"})
+    assert report.facts["exporter"] == "torchscript"
+    assert report.facts["dynamic_axes"]["output"] == {0: "batch", 1: "time"}
+    assert report.facts["node_counts"]["GRU"] == 1
 
 
 def untraceable(monkeypatch) -> None:
