@@ -139,10 +139,10 @@ def _along_axes(
     for name in axis_names(free):
         own = size_of(model, args, kwargs, free, name)
         taken = [own]
-        lower, upper = limits.get(name, (1, None))
-        edges = [lower - 1] * (lower > 1) + ([] if upper is None else [upper + 1])
+        edges = _edges(own, limits.get(name))
         for size in dict.fromkeys((*edges, *other_sizes_of(own))):
-            if size not in edges and len(taken) >= _SIZES and min(taken) < own:
+            near = [size for size in taken if size not in edges]
+            if size not in edges and len(near) >= _SIZES and min(near) < own:
                 break
             given = at_size(model, args, kwargs, free, name, size)
             try:
@@ -167,6 +167,12 @@ def _along_axes(
             )
         )
     return Parity(tuple(checks), facts, tuple(notes))
+
+
+def _edges(own: int, limits: tuple[int, int | None] | None) -> list[int]:
+    """Return the sizes just outside a capture; of a trace, which knows none, far ones both ways."""
+    lower, upper = limits or (own // 4 + 1, 4 * own - 1)
+    return [lower - 1] * (lower > 1) + ([] if upper is None else [upper + 1])
 
 
 def _at_one_size(
