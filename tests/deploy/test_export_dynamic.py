@@ -111,6 +111,7 @@ def test_sizes_beyond_a_branch_are_run(tmp_path):
         export_onnx(Branches(), tmp_path / "x.onnx", example_inputs=mel(), dynamic={2: "frames"})
 
 
+@pytest.mark.slow
 def test_the_time_axis_of_a_recurrent_layer(tmp_path):
     """torch.export unrolls it; the tracer does not."""
 
