@@ -122,20 +122,14 @@ def group_norm(name: str, pixels: int, seconds: float, folder: Path) -> dict[str
 
 
 def frozen_norms(name: str, pixels: int, seconds: float, folder: Path) -> dict[str, Any]:
-    """Time a network trained with GN whose norms were frozen and folded, against BatchNorm.
-
-    A frozen network has the layers of the target `plain`; that file stands for it where
-    `normconv.freeze_norms` is not there.
-    """
+    """Time a network trained with GN whose norms were frozen and folded, against BatchNorm."""
     net, x = network(name, pixels)
-    freeze: Callable[..., Any] | None = getattr(nc, "freeze_norms", None)
-    files = {"bn": exported(net, x, folder / "bn.onnx")}
-    if freeze is None:
-        files["plain"] = ours(converted(net, "plain", x), x, folder / "plain.onnx")
-    else:
-        data = [torch.randn(4, *x.shape[1:]) for _ in range(2)]
-        frozen = freeze(converted(net, "gn+ws", x), data).model
-        files["frozen"] = ours(frozen, x, folder / "frozen.onnx")
+    data = [torch.randn(4, *x.shape[1:]) for _ in range(2)]
+    frozen = nc.freeze_norms(converted(net, "gn+ws", x), data).model
+    files = {
+        "bn": exported(net, x, folder / "bn.onnx"),
+        "frozen": ours(frozen, x, folder / "frozen.onnx"),
+    }
     return timed(files, x, seconds)
 
 

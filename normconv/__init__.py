@@ -25,6 +25,7 @@ _PUBLIC = {
     "convert_": "normconv.api",
     "export_onnx": "normconv.deploy",
     "fold": "normconv.folding",
+    "freeze_norms": "normconv.api",
     "initialise": "normconv.calibration",
     "initialise_": "normconv.calibration",
     "load": "normconv.sources",
@@ -72,6 +73,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from normconv.api import convert as convert
     from normconv.api import convert_ as convert_
+    from normconv.api import freeze_norms as freeze_norms
     from normconv.api import refactor as refactor
     from normconv.api import wrap as wrap
     from normconv.auditing import audit as audit

@@ -21,6 +21,7 @@ VERBS = {
     "convert_",
     "export_onnx",
     "fold",
+    "freeze_norms",
     "initialise",
     "initialise_",
     "load",

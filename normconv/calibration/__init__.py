@@ -8,6 +8,9 @@ from normconv.calibration.drift import Drift as Drift
 from normconv.calibration.drift import Progress as Progress
 from normconv.calibration.drift import measure_drift as measure_drift
 from normconv.calibration.drift import wilson_interval as wilson_interval
+from normconv.calibration.freezing import Frozen as Frozen
+from normconv.calibration.freezing import freeze as freeze
+from normconv.calibration.freezing import set_alone_ as set_alone_
 from normconv.calibration.lessons import Lesson as Lesson
 from normconv.calibration.ranks import Share as Share
 from normconv.calibration.ranks import join_processes as join_processes

@@ -79,8 +79,8 @@ class Match:
         return float(error.clamp_min(0).sum() / scale)
 
 
-def match_(match: Match) -> tuple[int, float]:
-    """Choose the number of groups and set γ and β, in place; return the number and the error.
+def match_(match: Match) -> tuple[int, dict[int, float]]:
+    """Choose the number of groups and set γ and β, in place; return it and the error of each tried.
 
     γ' = ±s_t / s, β' = m_t − γ' m, where s_t and m_t are the moments of the original's output on the
     same data, s and m those of the normalized activation. With few samples both stay nearer to what
@@ -88,7 +88,8 @@ def match_(match: Match) -> tuple[int, float]:
 
     Source: Jordan et al. 2023 (REPAIR), section 3; the shrinkage is of Stein's kind.
     """
-    best = min(match.groups, key=match.error)
+    errors = {groups: match.error(groups) for groups in match.groups}
+    best = min(errors, key=errors.__getitem__)
     norm, wanted, found = match.norm, match.wanted, match.found[best]
     assert wanted is not None
     keep = _PRIOR / (_PRIOR + match.samples)
@@ -102,7 +103,7 @@ def match_(match: Match) -> tuple[int, float]:
         norm.num_groups = best
         norm.weight.copy_(scale)
         norm.bias.copy_(shift)
-    return best, match.error(best)
+    return best, errors
 
 
 def _slope(wanted: Tensor, found: Tensor) -> Tensor:

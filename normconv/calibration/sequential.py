@@ -43,6 +43,7 @@ class _Run:
         batches: how many there are, over all processes.
         refit: whether layers are fitted to what the original puts out.
         groups: numbers of groups.
+        errors: measured for each number of groups that was tried.
         fits: what the refits of the layers before them say.
         notes: warnings.
         left: the steps that are still to be carried out.
@@ -55,6 +56,7 @@ class _Run:
     batches: int
     refit: bool
     groups: dict[str, int] = field(default_factory=dict)
+    errors: dict[str, dict[int, float]] = field(default_factory=dict)
     fits: dict[str, Fitted] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     left: dict[str, Step] = field(default_factory=dict)
@@ -72,7 +74,7 @@ class _Run:
                     self.notes.append(f"{site}: {poor}")
             for site, match in self._matches(here).items():
                 if match.wanted is not None:
-                    self.groups[site], _ = match_(match)
+                    self.groups[site], self.errors[site] = match_(match)
             self.left = {site: step for site, step in self.left.items() if site not in sites}
             if progress is not None:
                 progress(done + 1, len(order), "")
@@ -231,7 +233,7 @@ def calibrate(
         found, _ = carried_out("none")
     twin = found.model
     after = measure_drift(reference, twin, plan.steps, measured)
-    done = replace(plan, steps=tuple(_with_groups(step, found.groups) for step in plan.steps))
+    done = replace(plan, steps=tuple(_measured(step, found) for step in plan.steps))
     used = {**used, "purpose": "calibrate", "use": data_use, "refit": refit}
     record(twin, {"calibrate": {"groups": found.groups, "data": used}})
     report = _report(done, before, after, used, held_out is not None, min_agreement)
@@ -240,7 +242,13 @@ def calibrate(
         for site, fit in found.fits.items()
         if fit.lost
     }
-    predicted = {"predicted loss by standardization": lost} if lost else {}
+    errors = {
+        site: {str(groups): error for groups, error in tried.items()}
+        for site, tried in found.errors.items()
+    }
+    predicted: dict[str, Any] = {"predicted error by number of groups": errors}
+    if lost:
+        predicted["predicted loss by standardization"] = lost
     report = report.extended(facts=predicted, notes=(*found.notes, *notes_of(data_use)))
     if not report.passed:
         raise CheckFailed(report, twin)
@@ -292,12 +300,26 @@ def _check_runs(original: nn.Module, candidate: nn.Module, data: Batches) -> Non
         raise UsageError(Problem("data", what, "give batches of the model's own inputs")) from None
 
 
-def _with_groups(step: Step, groups: Mapping[str, int]) -> Step:
-    if step.site not in groups:
+def _measured(step: Step, found: _Run) -> Step:
+    """The step as it was carried out, with the errors as the reason where groups were searched."""
+    if step.site not in found.groups:
         return step
+    chosen, errors = found.groups[step.site], found.errors[step.site]
     options = {k: v for k, v in step.options.items() if k != "search"}
-    options["groups"] = groups[step.site]
-    return replace(step, options=options, fidelity="calibrated")
+    options["groups"] = chosen
+    reason = _why(chosen, errors) if step.options.get("search") else step.reason
+    return replace(step, options=options, fidelity="calibrated", reason=reason)
+
+
+def _why(chosen: int, errors: Mapping[int, float]) -> str:
+    """Name the errors of the numbers of groups.
+
+    >>> _why(4, {4: 0.012, 1: 0.034, 2: 0.02})
+    '4 groups: measured error 0.012 (1: 0.034, 2: 0.02)'
+    """
+    others = ", ".join(f"{n}: {errors[n]:.2g}" for n in sorted(errors) if n != chosen)
+    told = f"{chosen} group{'s'[: chosen != 1]}: measured error {errors[chosen]:.2g}"
+    return f"{told} ({others})" if others else told
 
 
 def _report(

@@ -226,6 +226,15 @@ def recover(
     features: Annotated[
         float, typer.Option("--features", min=0, help="Weight of the outputs of converted norms.")
     ] = 0.0,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="Of both softmaxes, of class scores.")
+    ] = 2.0,
+    every: Annotated[
+        int, typer.Option("--every", min=1, help="Steps between looks at the agreement.")
+    ] = 50,
+    patience: Annotated[
+        int, typer.Option("--patience", min=1, help="Looks without a better one before it stops.")
+    ] = 8,
     amp: Annotated[
         bool, typer.Option("--amp", help="Compute in bfloat16 where that is safe.")
     ] = False,
@@ -243,7 +252,8 @@ def recover(
         from normconv.calibration import recover as recover_model
 
         pair.common["teacher"] = pair.common.pop("reference")
-        lesson = Lesson(steps=steps, lr=lr, features=features, amp=amp)
+        looks = {"temperature": temperature, "every": every, "patience": patience}
+        lesson = Lesson(steps=steps, lr=lr, features=features, amp=amp, **cast(Any, looks))
         student, keywords = pair.opened.model, {**pair.common, "lesson": lesson}
         pair.result = recover_model(student, data=pair.data, checkpoint=checkpoint, **keywords)
 

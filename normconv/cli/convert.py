@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from normconv.plan import Plan
     from normconv.report import Report
 
-__all__ = ["convert", "plan"]
+__all__ = ["convert", "on_data", "plan"]
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def convert(
     with (
         reporting(path, opened.describe),
         stage("convert and prove", as_json=source.as_json or calib is not None),
-        _on_data(data_options, calib, recover, opened, source.as_json) as (placed, data),
+        on_data(data_options, calib, recover, opened, source.as_json) as (placed, data),
     ):
         from normconv.api import convert as convert_model
 
@@ -213,7 +213,7 @@ def convert(
 
 
 @contextmanager
-def _on_data(
+def on_data(
     options: DataOptions, calib: str | None, steps: int, opened: Opened, as_json: bool
 ) -> Iterator[tuple[Opened, dict[str, Any]]]:
     """Open the data there is; give the model where it is computed, and what `convert` takes of this."""

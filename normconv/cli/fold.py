@@ -7,8 +7,10 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from normconv.cli.calibrate import DataOptions
 from normconv.cli.common import (
     MODEL,
+    Opened,
     Out,
     SourceOptions,
     check_outputs,
@@ -16,9 +18,11 @@ from normconv.cli.common import (
     emit,
     out_path,
     report_path,
+    reporting,
     save_or_reject,
     stage,
 )
+from normconv.cli.convert import on_data
 from normconv.errors import CheckFailed, Problem, UsageError
 from normconv.files import rejected_path, write_json
 
@@ -31,6 +35,7 @@ _LAYOUTS = ("plain", "library")
 @command
 def fold(
     source: SourceOptions,
+    data_options: DataOptions,
     out: Out = None,
     affine: Annotated[
         bool,
@@ -55,22 +60,50 @@ def fold(
             help="Of a transformers folder: plain weights, or g and v where the class has them.",
         ),
     ] = "plain",
+    freeze_norms: Annotated[
+        bool,
+        typer.Option("--freeze-norms", help="GroupNorms become constants in the weights; --calib."),
+    ] = False,
+    calib: Annotated[
+        str | None,
+        typer.Option("--calib", metavar="DATA", help="Unlabelled inputs to set constants on."),
+    ] = None,
+    recover: Annotated[
+        int,
+        typer.Option(
+            "--recover", min=0, metavar="STEPS", help="Then teach the result by the model itself."
+        ),
+    ] = 0,
 ) -> None:
     """Replace every computed weight by the plain weight it is, prove it, and write the model.
 
     A folder (SOURCE is transformers:DIR) is written as a folder, loaded again in a fresh process and
-    compared before it gets its name.
+    compared before it gets its name. With --freeze-norms the result is near the model, not equal: norms
+    that look at each sample become constants that data set.
     """
-    if source.source.startswith(_TRANSFORMERS) and (out is None or out.suffix not in MODEL):
+    if calib is not None and not freeze_norms:
+        raise UsageError(Problem("--calib", "goes with --freeze-norms: folding needs no data"))
+    to_folder = source.source.startswith(_TRANSFORMERS) and (out is None or out.suffix not in MODEL)
+    if to_folder and freeze_norms:
+        what = "makes another model than the folder's config.json"
+        raise UsageError(Problem("--freeze-norms", what, "write a file: -o NAME.pt"))
+    if to_folder:
         _fold_folder(source, out, affine=affine, strict=strict, layout=layout)
         return
     if layout != "plain":
         raise UsageError(Problem("--layout", "goes with transformers:DIR and a folder as --out"))
     path = out_path(source.source, ".folded.pt", out)
     check_outputs(
-        source.source, ("--out", path, MODEL), ("the report", report_path(path), (".json",))
+        (source.source, calib, data_options.held_out),
+        ("--out", path, MODEL),
+        ("the report", report_path(path), (".json",)),
     )
     opened = source.open()
+    if freeze_norms:
+        _freeze(source, data_options, opened, path, calib, recover)
+        return
+    if recover or data_options.held_out or data_options.plot:
+        raise UsageError("--recover, --held-out and --plot go with --freeze-norms --calib DATA")
     args, kwargs = opened.inputs.args, opened.inputs.kwargs
     with stage("fold and prove", as_json=source.as_json):
         from normconv.deploy.folded_folder import refuse_left
@@ -97,6 +130,35 @@ def fold(
     if not report.passed:
         raise CheckFailed(report)
     files = {"model": str(path), "report": str(report_path(path))}
+    emit(report.extended(facts={"written": files}), as_json=source.as_json)
+
+
+def _freeze(
+    source: SourceOptions,
+    options: DataOptions,
+    opened: Opened,
+    path: Path,
+    calib: str | None,
+    recover: int,
+) -> None:
+    if calib is None:
+        what = "constants in place of a sample's statistics are set on data"
+        raise UsageError(Problem("--freeze-norms", what, "add --calib DATA: a few hundred inputs"))
+    with (
+        reporting(path, opened.describe),
+        on_data(options, calib, recover, opened, source.as_json) as (placed, data),
+    ):
+        from normconv.api import freeze_norms
+
+        model, report = freeze_norms(
+            placed.model,
+            example_inputs=placed.inputs.args,
+            example_kwargs=placed.inputs.kwargs,
+            **data,
+        )
+    report = opened.describe(report)
+    report = save_or_reject(model.cpu(), report, path, opened)
+    files = {"model": str(path), "report": str(report_path(path)), **options.draw(report)}
     emit(report.extended(facts={"written": files}), as_json=source.as_json)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from normconv.deploy.axes import Axes, axis_names, other_sizes_of
+from normconv.deploy.branches import values_read
 from normconv.deploy.clean import SCOPES_KEY
 from normconv.deploy.compare import onnx_name
 from normconv.deploy.inputs import at_size, batch_size, named_inputs, size_of
@@ -26,9 +27,8 @@ from normconv.graph.quiet import quiet
 __all__ = ["to_onnx_or_traced"]
 
 _TRACED = (
-    "torch.export failed, so the older exporter (dynamo=False) traced one run: a branch that depends "
-    "on the values of the input is fixed as the example took it; the file was also run on the "
-    "inputs times 100 and -100"
+    "torch.export failed, so the older exporter (dynamo=False) traced one run, in which nothing that "
+    "depends on the values of the inputs was read outside of torch"
 )
 
 
@@ -50,8 +50,9 @@ def to_onnx_or_traced(
         kwargs: example keyword inputs.
         dynamic_batch: leave the batch axis free.
         opset: the operator set.
-        traceable: allow the tracer. What it writes holds for one path through the module, so only a
-            file whose numbers are checked may come from it.
+        traceable: allow the tracer. What it writes holds for one path through the module: none that
+            reads values computed from the inputs is traced, and only a file whose numbers are checked
+            may come from it.
         free: axes to leave free besides, by input.
 
     Raises:
@@ -63,12 +64,32 @@ def to_onnx_or_traced(
     except CaptureError as refusal:
         if not traceable:
             raise
+        _refuse_branches(model, args, kwargs, refusal)
         try:
             return _traced(model, args, kwargs, dynamic_batch, opset, free or {})
         except Exception as error:  # a tracer runs the user's code
             line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             also = Problem(type(model).__name__, f"tracing it failed too: {line}")
             raise CaptureError([*refusal.problems, also]) from error
+
+
+def _refuse_branches(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], refusal: CaptureError
+) -> None:
+    """Raise where a trace would fix what depends on the values of the inputs."""
+    try:
+        with quiet():
+            read = values_read(model, args, kwargs)
+    except Exception:  # what the module raises here it raises in the trace too, where it is told
+        return
+    if read:
+        what = (
+            f"tracing it would fix what its forward reads of its inputs' values ({', '.join(read)})"
+        )
+        way_out = "compute the choice in torch (torch.where, torch.cond), or export a part: at="
+        raise CaptureError(
+            [*refusal.problems, Problem(type(model).__name__, what, way_out)]
+        ) from refusal
 
 
 def _traced(

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from normconv.folding.constant_norms import put_constant_norms_
 from normconv.folding.refactoring import reparametrise_layers_
 from normconv.folding.reparametrisations import fold_weights_
 from normconv.folding.standalone import check_standalone, plain_affines, replace_affines_
@@ -176,6 +177,8 @@ def rebuild(model: nn.Module, history: list[dict[str, Any]]) -> nn.Module:
             _put_clones_(model, entry["clone"]["layers"])
         elif "refactor" in entry:
             reparametrise_layers_(model, entry["refactor"])
+        elif "freeze" in entry:
+            put_constant_norms_(model, entry["freeze"]["sites"])
         elif "fold" in entry:
             _drop_clones_(model)
             fold_weights_(model)

@@ -5,6 +5,7 @@ from normconv.layers.absorb import absorb_input_affine_ as absorb_input_affine_
 from normconv.layers.channel_affine import ChannelAffine as ChannelAffine
 from normconv.layers.clone import Clone as Clone
 from normconv.layers.clone import Cloned as Cloned
+from normconv.layers.constant_norm import ConstantNorm as ConstantNorm
 from normconv.layers.copying import copy_model as copy_model
 from normconv.layers.mean_only import MeanOnlyBatchNorm as MeanOnlyBatchNorm
 from normconv.layers.normed import Normed as Normed

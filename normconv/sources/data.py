@@ -38,6 +38,7 @@ class Transform:
         mean: of each channel, of values from 0 to 1.
         std: of each channel.
         size: of the square in pixels; None leaves images as they are.
+        resize: what the shorter side is scaled to before the crop; None for the size of the square.
         origin: where the numbers come from.
     """
 
@@ -45,6 +46,7 @@ class Transform:
     std: tuple[float, ...] = IMAGENET[1]
     size: int | None = None
     origin: str = "mean and deviation of ImageNet"
+    resize: int | None = None
 
     @classmethod
     def of(
@@ -54,31 +56,35 @@ class Transform:
         std: Sequence[float] = (),
         size: int | None = None,
     ) -> Transform:
-        """Take the numbers given, else those of the model's timm config, else ImageNet's.
+        """Take the numbers given, else those of the model's timm or torchvision config, else ImageNet's.
 
         >>> Transform.of(nn.Identity(), mean=[0.5], std=[0.5]).origin
         'mean and deviation as given'
         """
-        config = getattr(model, "pretrained_cfg", None) or {}
+        config = (
+            getattr(model, "pretrained_cfg", None) or getattr(model, "image_preset", None) or {}
+        )
         own = tuple(config.get("mean", ())), tuple(config.get("std", ()))
-        side = size or (config.get("input_size") or (None,))[-1]
+        side = size or config.get("size") or (config.get("input_size") or (None,))[-1]
+        resize = None if size else config.get("resize")
         if mean or std:
             if len(mean) != len(std) or not all(value > 0 for value in std):
                 what = f"{len(mean)} means and {len(std)} deviations"
                 raise UsageError(
                     Problem("--mean, --std", what, "give one of each a channel, std > 0")
                 )
-            return cls(tuple(mean), tuple(std), side, _GIVEN)
+            return cls(tuple(mean), tuple(std), side, _GIVEN, resize)
         if all(own):
-            return cls(*own, side, "mean and deviation of the model's own config")
+            return cls(*own, side, "mean and deviation of the model's own config", resize)
         return cls(size=side)
 
     def __call__(self, image: Any) -> Tensor:
         """Make a (C, H, W) float32 tensor of a PIL image."""
         image = image.convert("RGB" if len(self.mean) == 3 else "L")
         if self.size is not None and image.size != (self.size, self.size):
-            scale = self.size / min(image.size)
-            image = image.resize([max(self.size, round(side * scale)) for side in image.size])
+            shorter = max(self.size, self.resize or self.size)
+            scale = shorter / min(image.size)
+            image = image.resize([max(shorter, round(side * scale)) for side in image.size])
             left, top = ((side - self.size) // 2 for side in image.size)
             image = image.crop((left, top, left + self.size, top + self.size))
         pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255)

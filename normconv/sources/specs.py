@@ -14,7 +14,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
@@ -137,7 +137,27 @@ def _from_torchvision(name: str, args: dict[str, Any], keep_weights: bool) -> nn
         args["weights_backbone"] = None  # the default would download a backbone
     if name.lower() in ("googlenet", "inception_v3"):
         args.setdefault("init_weights", keep_weights)  # slow, and no use below other weights
-    return _call(builder, args, name)
+    model: Any = _call(builder, args, name)
+    if preset := _preset_of(name):
+        model.image_preset = preset  # timm's models carry theirs too
+    return cast(nn.Module, model)
+
+
+def _preset_of(name: str) -> dict[str, Any]:
+    """What images the published weights of a torchvision classifier are for; empty where it is none.
+
+    >>> _preset_of("efficientnet_b1")["resize"], _preset_of("raft_small")
+    (255, {})
+    """
+    from torchvision import models
+
+    try:
+        preset: Any = models.get_model_weights(name).DEFAULT.transforms()
+        (resize,), (crop,) = preset.resize_size, preset.crop_size
+        mean, std = (tuple(map(float, values)) for values in (preset.mean, preset.std))
+    except (AttributeError, TypeError, ValueError):  # no weights; or not for classes of images
+        return {}
+    return {"mean": mean, "std": std, "size": int(crop), "resize": int(resize)}
 
 
 def _unknown_name(library: str, name: str, names: list[str]) -> UsageError:

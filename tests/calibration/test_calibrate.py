@@ -225,7 +225,17 @@ def test_searched_groups_come_back_with_the_history(net: nn.Module) -> None:
     history[-1]["calibrate"]["groups"] = {"bn0": 4}
     built = rebuild(Net(), history)
     assert [built.bn0.num_groups, built.bn1.num_groups] == [4, 1]
-    assert all("search" not in step["options"] for step in result.report.plan["steps"])
+    measured = result.report.facts["predicted error by number of groups"]
+    assert measured.keys() == entry.keys()
+    for before, step in zip(plan.steps, result.report.plan["steps"], strict=True):
+        assert "search" not in step["options"]
+        errors = {int(groups): error for groups, error in measured[step["site"]].items()}
+        chosen = step["options"]["groups"]
+        assert errors[chosen] == min(errors.values())
+        assert all(0 <= error < 2 for error in errors.values())
+        assert step["reason"] != before.reason
+        assert step["reason"].startswith(f"{chosen} group")
+        assert all(f"{error:.2g}" in step["reason"] for error in errors.values())
 
 
 def test_refitting_brings_it_nearer_still(net: nn.Module) -> None:
@@ -509,7 +519,8 @@ def test_groups_are_chosen_by_error() -> None:
     match = Match(norm, state, (1, 2))
     match.add(clean, clean * loud.repeat_interleave(4, 1))
     assert match.error(2) < 0.1 * match.error(1)
-    chosen, error = match_(match)
+    chosen, errors = match_(match)
+    error = errors[chosen]
     assert chosen == norm.num_groups == 2
     assert error == match.error(2)
     assert candidates(norm, search=False) == (2,)

@@ -53,6 +53,16 @@ def test_it_comes_nearer_and_nothing_given_changes(net: nn.Module, student: nn.M
     }
 
 
+def test_it_stops_where_nothing_improves(net: nn.Module) -> None:
+    """Its own teacher is the best student there is: it waits out its patience, not all steps."""
+    lesson = Lesson(steps=40, every=3, patience=2)
+    result = nc.recover(net, net, DATA, lesson=lesson, held_out=HELD_OUT)
+    facts = result.report.facts
+    assert [step for step, _ in facts["agreement by step"]] == [0, 3, 6]
+    assert facts["steps"] == 6
+    assert facts["after"]["agreement"] == 1
+
+
 def test_the_best_is_kept(net: nn.Module, student: nn.Module) -> None:
     """A rate so large that later looks are worse."""
     wild = Lesson(steps=40, every=5, lr=0.02, patience=3)

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import normconv as nc
 from normconv.cli.app import app
+from normconv.plan import history_of
 
 
 @pytest.fixture
@@ -91,6 +92,7 @@ def test_recover_writes_what_it_taught(files: Path) -> None:
         "1e-3",
         "--steps",
         "20",
+        *("--every", "4", "--patience", "6", "--temperature", "3"),
         "--checkpoint",
         "lesson.pt",
         "--input",
@@ -100,8 +102,11 @@ def test_recover_writes_what_it_taught(files: Path) -> None:
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)["facts"]
     assert facts["steps"] == 20
+    assert [step for step, _ in facts["agreement by step"]] == [0, 4, 8, 12, 16, 20]
     assert (files / "lesson.pt").exists()
     taught, before = nc.load("net.gn.recovered.pt"), nc.load("net.gn.pt")
+    lesson = history_of(taught)[-1]["recover"]["lesson"]
+    assert (lesson["every"], lesson["patience"], lesson["temperature"]) == (4, 6, 3.0)
     assert not torch.equal(taught[0].weight, before[0].weight)
     refused = run(*words, "--min-agreement", "1", "--lr", "1e30", "--input", "2x3x8x8")
     assert refused.exit_code == 1, refused.output

@@ -184,3 +184,23 @@ def test_a_model_of_normconv_s_own_is_told(tmp_path: Path) -> None:
     words = (tmp_path / "net.pt", "--input", "2x1x8x8")
     assert any("only with normconv" in note for note in invoke(*words)["notes"])
     assert "DigitsResNet" in str(invoke(*words, "--standalone", code=2)["problems"])
+
+
+def test_norms_become_constants(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    source, data = tmp_path / "net.pt", tmp_path / "x.pt"
+    torch.save(net, source)
+    torch.save(torch.randn(64, 3, 8, 8), data)
+    out = tmp_path / "frozen.pt"
+    words = (source, "--freeze-norms", "-o", out, "--input", "2x3x8x8", "--device", "cpu")
+    document = invoke(*words, "--calib", data, "--recover", 2, "--batch-size", 16)
+    assert [row["fidelity"] for row in document["sites"]] == ["calibrated"]
+    assert document["facts"]["norms left"] == 0
+    assert document["facts"]["recover"]["steps"] == 2
+    model = nc.load(out)
+    assert not any(isinstance(module, nn.GroupNorm) for module in model.modules())
+    out.unlink()
+    assert "add --calib" in invoke(*words, code=2)["problems"][0]["way_out"]
+    assert not out.exists()
+    assert invoke(source, "--calib", data, code=2)["problems"][0]["where"] == "--calib"

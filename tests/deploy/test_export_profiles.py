@@ -154,6 +154,7 @@ export_onnx(net, sys.argv[1], example_inputs=(x,), check=False)
 """
 
 
+@pytest.mark.slow
 def test_two_installations_write_the_same_bytes(tmp_path):
     package = Path(normconv.__file__).parent
     digests = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -23,12 +24,19 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("mode", ["hooks", "ghost"])
-@pytest.mark.parametrize("target", ["gn", "wn"])
-@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18"])
-def test_a_step_of_a_converted_resnet(name: str, target: str, mode: str) -> None:
+RESNETS = ["torchvision:resnet18", "timm:resnet18"]
+OTHERS = [f"torchvision:{name}" for name in ("googlenet", "mobilenet_v3_small", "densenet121")]
+CASES = [
+    *itertools.product(RESNETS, ["gn", "wn"], ["hooks", "ghost"]),
+    *((name, "gn", "hooks") for name in OTHERS),
+]
+
+
+@pytest.mark.parametrize(("name", "target", "mode"), CASES)
+def test_a_step_of_a_converted_model(name: str, target: str, mode: str) -> None:
     torch.manual_seed(0)
-    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+    side = 32 if name in RESNETS else 64
+    images, labels = torch.randn(4, 3, side, side), torch.arange(4)
     converted = student(from_library(name), images, target)
     model = without_in_place(converted, example_inputs=(images,)).model.train()
     assert any(isinstance(m, Reparametrised) for m in model.modules()) == (target == "wn")

@@ -61,6 +61,26 @@ def test_copies_are_put_in_and_taken_out(target: str, tmp_path: Any) -> None:
     assert_same_state(nc.load(tmp_path / "m.safetensors", model=Writes), result.model)
 
 
+def test_an_exported_file_knows_nothing_of_the_copies(tmp_path: Any) -> None:
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    plain = student(Writes())
+    ready = without_in_place(plain, example_inputs=(IMAGES,)).model
+    assert any(isinstance(module, Cloned) for module in ready.modules())
+    kinds, names = [], []
+    for model, path in ((plain, tmp_path / "plain.onnx"), (ready, tmp_path / "ready.onnx")):
+        nc.export_onnx(model, path, example_inputs=(IMAGES,))
+        graph = onnx.load(path).graph
+        kinds.append(sorted(node.op_type for node in graph.node))
+        names.append({tensor.name for tensor in graph.initializer})
+        session = runtime.InferenceSession(str(path))
+        (got,) = session.run(None, {session.get_inputs()[0].name: IMAGES.numpy()})
+        torch.testing.assert_close(torch.from_numpy(got), plain(IMAGES), rtol=1e-4, atol=1e-5)
+    assert kinds[0] == kinds[1]
+    assert names[0] == names[1]
+
+
 def test_the_probe_sees_each_kind_and_nothing_else() -> None:
     clean = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten())
     facts = without_in_place(clean, example_inputs=(IMAGES,)).report.facts

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from normconv.errors import LoadError, UsageError
-from normconv.sources import Transform, open_data
+from normconv.sources import Transform, open_data, open_source
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -61,6 +61,24 @@ def test_the_models_own_config_is_used() -> None:
     assert Transform.of(model, mean=[0.5] * 3, std=[1] * 3, size=32).size == 32
     with pytest.raises(UsageError, match="3 means and 0 deviations"):
         Transform.of(model, mean=[0.5] * 3)
+
+
+def test_a_torchvision_models_images_are_those_of_its_weights() -> None:
+    """A ramp, in which each pixel says where it was: as torchvision's own transform."""
+    models = pytest.importorskip("torchvision").models
+    name = "efficientnet_b1"
+    model = open_source(f"torchvision:{name}", random_weights=True).model
+    transform = Transform.of(model)
+    assert (transform.size, transform.resize) == (240, 255)
+    across, down = np.meshgrid(np.linspace(0, 255, 400), np.linspace(0, 255, 300))
+    image = Image.fromarray(np.stack([across, down, across], -1).astype(np.uint8))
+    wanted = models.get_model_weights(name).DEFAULT.transforms()(image)
+    assert (transform(image) - wanted).abs().max() < 0.05
+    cropped = Transform.of(model, size=240)
+    assert cropped.resize is None
+    assert (cropped(image) - wanted).abs().max() > 0.1
+    given = Transform.of(model, mean=[0.5] * 3, std=[0.5] * 3)
+    assert (given.mean, given.size, given.resize) == ((0.5,) * 3, 240, 255)
 
 
 def test_arrays_and_tensors(tmp_path: Path) -> None:
