@@ -45,6 +45,14 @@ def export(
     dynamic_batch: Annotated[
         bool, typer.Option("--dynamic-batch/--static", help="Leave the batch axis free.")
     ] = True,
+    dynamic: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--dynamic",
+            metavar="AXIS=NAME",
+            help="More free axes and their names: 0=batch,2=frames, or x:2=frames; repeatable.",
+        ),
+    ] = None,
     provider: Provider = None,
     golden: Annotated[
         Path | None,
@@ -57,6 +65,7 @@ def export(
     opened = source.open()
     with stage(f"fold, export and check {path}", as_json=source.as_json):
         from normconv.deploy import export_onnx
+        from normconv.deploy.axes import parse_axes
 
         report = export_onnx(
             opened.model,
@@ -64,6 +73,7 @@ def export(
             example_inputs=opened.inputs.args,
             example_kwargs=opened.inputs.kwargs,
             dynamic_batch=dynamic_batch,
+            dynamic=parse_axes(dynamic or ()),
             opset=opset,
             runtime=runtime,
             at=at,

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from normconv.deploy.contenders import BACKENDS, Contender, Ready, Settings, backend_problem, takes
+from normconv.deploy.inputs import batch_size, resized
 from normconv.deploy.onnx_graph import external_files, node_counts, norm_nodes, weight_arithmetic
-from normconv.deploy.program import batch_size, resized
 from normconv.deploy.runners import Model, tf32_set
 from normconv.deploy.verification import Batch, batches_of
 from normconv.errors import NormconvError, Problem, Refused, UsageError

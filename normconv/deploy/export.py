@@ -15,14 +15,16 @@ import torch
 from torch import nn
 
 from normconv.deploy import onnx_graph
+from normconv.deploy.axes import Asked, Axes, asked_axes, axis_names
 from normconv.deploy.certify import certified, check_golden_path
 from normconv.deploy.clean import clean
+from normconv.deploy.inputs import batch_size, named_inputs
 from normconv.deploy.parity import backend_parity, rounded_parity
 from normconv.deploy.parts import part_of
 from normconv.deploy.precision import precision_of
 from normconv.deploy.probing import provider_problem
 from normconv.deploy.profiles import Profile, profile_of
-from normconv.deploy.program import Program, batch_size, named_inputs
+from normconv.deploy.program import Program
 from normconv.deploy.provenance import Origin
 from normconv.deploy.rounding import round_graph
 from normconv.deploy.session import onnxruntime_module
@@ -44,6 +46,7 @@ def export_onnx(
     example_inputs: tuple[Any, ...] | torch.Tensor,
     example_kwargs: Mapping[str, Any] | None = None,
     dynamic_batch: bool = True,
+    dynamic: Asked | None = None,
     opset: int | None = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
@@ -69,6 +72,10 @@ def export_onnx(
         example_kwargs: keyword inputs.
         dynamic_batch: leave axis 0 of the inputs free. Every input tensor whose axis 0 has the size
             of the first one's counts as batched.
+        dynamic: other axes to leave free, and their names in the file: ``{2: "frames"}`` for every
+            input that has the first one's size there, ``{"x": {2: "frames"}}`` for one input, or
+            both together. The file is run at three sizes or more of each. Where it names an axis 0,
+            or an axis "batch", `dynamic_batch` adds nothing.
         opset: the operator set; None takes the one of `runtime`.
         input_names: names of the inputs, instead of the parameters of ``forward``.
         output_names: names of the outputs, instead of ``output``, ``output_0`` or the model's own.
@@ -91,9 +98,9 @@ def export_onnx(
 
     Raises:
         UsageError: an unknown runtime, dtype, submodule or method, an opset out of range, names that do
-            not fit, a folder or a disk that takes no file.
+            not fit, an axis that no input has, a folder or a disk that takes no file.
         Refused: a provider that was asked for is not there; an LSTM with a projection, which ONNX has
-            not; weights beyond the range of `dtype`.
+            not; an axis of `dynamic` whose size the model fixes; weights beyond the range of `dtype`.
         CaptureError: no graph could be made.
         MissingDependency: no ONNX Runtime to check with.
         CheckFailed: a check failed; the file stands at ``NAME.rejected`` and `path` is untouched.
@@ -107,11 +114,14 @@ def export_onnx(
     on, note = _providers(profile, providers) if check else ((), "")
     model, args, kwargs, notes = part_of(model, at, method, args, kwargs)
     _refuse_projections(model)
+    free = asked_axes(dynamic or {}, named_inputs(model, args, kwargs))
+    if any(0 in axes for axes in free.values()) or "batch" in axis_names(free):
+        dynamic_batch = False
     clock = _Clock()
     path = Path(path)
     check_golden_path(golden, path)
     with draft(path) as written:
-        program = _program(model, args, kwargs, dynamic_batch, opset, clock, traceable=check)
+        program = _program(model, args, kwargs, dynamic_batch, free, opset, clock, traceable=check)
         _rename(program, input_names, output_names)
         clean(program.model)
         rounded = round_graph(program.model, precision) if precision.is_half else None
@@ -129,7 +139,7 @@ def export_onnx(
             },
             notes=(*notes, note) if note else notes,
         )
-        batch_norms, dynamic = program.batch_norms, program.dynamic
+        batch_norms, batched, limits = program.batch_norms, program.dynamic, program.limits
         # The graph shares the folded weights: with it goes the folded copy.
         _release_weights(program.model)
         del program
@@ -140,9 +150,21 @@ def export_onnx(
         clock.lap("check graph")
         if check:
             for provider in on:
-                parity = (rounded_parity if rounded else backend_parity)(
-                    model, written, args, kwargs, inputs=inputs, dynamic=dynamic, provider=provider
-                )
+                if rounded:
+                    sizes = batched or bool(free)
+                    parity = rounded_parity(model, written, args, kwargs, sizes, provider)
+                else:
+                    parity = backend_parity(
+                        model,
+                        written,
+                        args,
+                        kwargs,
+                        inputs=inputs,
+                        dynamic=batched,
+                        provider=provider,
+                        free=free,
+                        limits=limits,
+                    )
                 report = report.extended(
                     checks=parity.checks, facts=parity.facts, notes=parity.notes
                 )
@@ -207,6 +229,7 @@ def _program(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     dynamic_batch: bool,
+    free: Axes,
     opset: int,
     clock: _Clock,
     traceable: bool,
@@ -214,7 +237,13 @@ def _program(
     folded = fold(model, share_tensors=True).model.eval()
     clock.lap("fold")
     program = to_onnx_or_traced(
-        folded, args, kwargs, dynamic_batch=dynamic_batch, opset=opset, traceable=traceable
+        folded,
+        args,
+        kwargs,
+        dynamic_batch=dynamic_batch,
+        opset=opset,
+        traceable=traceable,
+        free=free,
     )
     clock.lap("export")
     return program
@@ -256,6 +285,10 @@ def _described(
 ) -> Report:
     shapes = {name: list(value.shape) for name, value in named_inputs(model, args, kwargs).items()}
     notes = [program.note] if program.note else []
+    for name, (lower, upper) in program.limits.items():
+        if lower > 2 or upper is not None:
+            to = "" if upper is None else f" to {upper}"
+            notes.append(f"{name}: torch.export captured what the model does from {lower}{to}")
     if program.dynamic and batch_size(args, kwargs) == 1:
         notes.append("the example has one sample: it was repeated to capture a free batch axis")
     return Report(

@@ -13,9 +13,10 @@ from torch.utils import _pytree as pytree
 from normconv.deploy.clean import clean
 from normconv.deploy.contenders import BACKENDS as TIMED
 from normconv.deploy.contenders import backend_problem
+from normconv.deploy.inputs import batch_size, resized
 from normconv.deploy.probing import provider_problem
 from normconv.deploy.profiles import PROFILES
-from normconv.deploy.program import batch_size, resized, to_onnx
+from normconv.deploy.program import to_onnx
 from normconv.deploy.rounded import HALVES, Float64File, weights_dtype
 from normconv.deploy.runners import (
     CompiledRunner,

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normconv.deploy.axes import Axes, Limits, axis_names, other_sizes_of
 from normconv.deploy.compare import Comparison, Reference, compare, onnx_name
-from normconv.deploy.program import batch_size, named_inputs, resized, to_onnx
+from normconv.deploy.inputs import at_size, batch_size, named_inputs, resized, size_of
+from normconv.deploy.program import to_onnx
 from normconv.deploy.runners import session_outputs
 from normconv.deploy.session import Session
+from normconv.deploy.sizes import OTHER_BATCHES
 from normconv.deploy.verification import verify
 from normconv.deploy.write import save
 from normconv.errors import NormconvError, Refused
@@ -23,18 +26,16 @@ from normconv.numerics import give_back_memory, relative_l2
 from normconv.proof.outputs import evaluate
 from normconv.report import Check
 
-__all__ = ["OTHER_BATCHES", "Parity", "backend_errors", "backend_parity", "rounded_parity"]
-
-#: The batches at which a file with a free batch axis is run besides the example's own.
-OTHER_BATCHES = (1, 3)
+__all__ = ["Parity", "backend_errors", "backend_parity", "rounded_parity"]
 
 # A backend that computes the original itself this much worse than torch does is a fault to see, not
 # noise to forgive; it also keeps a fault of the exporter, which both files would have, out.
 _MOST_FORGIVEN = 10.0
 
-
 _RAN = ("outputs", "nodes_by_provider", "first to leave the bound")
 _FIXED = "export with dynamic_batch=False"
+_NOT_FREE = "leave the axis out of `dynamic`, or give an example of another size"
+_SIZES = 3  # of an axis that is said to be free, the example's own among them
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ def backend_parity(
     inputs: Sequence[str],
     dynamic: bool,
     provider: str | None,
+    free: Axes | None = None,
+    limits: Limits | None = None,
 ) -> Parity:
     """Run a file in ONNX Runtime and compare it with the model in float64.
 
@@ -74,7 +77,10 @@ def backend_parity(
         inputs: the file's inputs, in order.
         dynamic: also run one sample and three.
         provider: as `Session` takes it.
+        free: axes, by input, along which other sizes are run too.
+        limits: for which sizes of them the capture holds: those just outside are run too.
     """
+    example = (args, kwargs)
     batch = batch_size(args, kwargs)
     others: tuple[int, ...] = ()
     if dynamic and batch is not None:
@@ -109,6 +115,12 @@ def backend_parity(
         checks.extend(outcome.checks)
         facts.update({label + name: row for name, row in outcome.facts.items()})
     notes = _precision_notes(reference, session.provider)
+    del reference
+    if free:
+        along = _along_axes(model, session, *example, inputs, free, limits or {})
+        checks.extend(along.checks)
+        facts.update(along.facts)
+        notes += along.notes
     ran = {"nodes_by_provider": session.nodes_per_provider(), "outputs": facts}
     return Parity(tuple(checks), {f"{session.provider} run": ran}, notes)
 
@@ -118,9 +130,7 @@ def rounded_parity(
     path: Path,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    *,
-    inputs: Sequence[str],
-    dynamic: bool,
+    other_sizes: bool,
     provider: str | None,
 ) -> Parity:
     """Judge a file of half precision as `normconv.verify` does, against the model as it was given.
@@ -133,11 +143,10 @@ def rounded_parity(
         path: the file.
         args: example inputs.
         kwargs: example keyword inputs.
-        inputs: the file's inputs, in order; they go by name here.
-        dynamic: also run other sizes.
+        other_sizes: also run other sizes of free axes.
         provider: as `Session` takes it.
     """
-    report = verify(model, path, (args, kwargs), provider=provider, other_sizes=dynamic)
+    report = verify(model, path, (args, kwargs), provider=provider, other_sizes=other_sizes)
     ran_on = report.facts.get("provider", provider or "cpu")
     facts = {name: report.facts[name] for name in _RAN if name in report.facts}
     return Parity(
@@ -145,6 +154,76 @@ def rounded_parity(
         {f"{ran_on} run": facts},
         report.notes,
     )
+
+
+def _along_axes(
+    model: nn.Module,
+    session: Session,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    inputs: Sequence[str],
+    free: Axes,
+    limits: Limits,
+) -> Parity:
+    """Run other sizes of every free axis; a size that the model itself does not take is noted."""
+    checks: list[Check] = []
+    facts: dict[str, Any] = {}
+    notes: list[str] = []
+    for name in axis_names(free):
+        own = size_of(model, args, kwargs, free, name)
+        taken = [own]
+        edges = _edges(own, limits.get(name))
+        for size in dict.fromkeys((*edges, *other_sizes_of(own))):
+            near = [size for size in taken if size not in edges]
+            if size not in edges and len(near) >= _SIZES and min(near) < own:
+                break
+            given = at_size(model, args, kwargs, free, name, size)
+            try:
+                reference = _reference(model, *given)
+            except Exception as error:  # a model may refuse a size in any way
+                line = (str(error).strip().splitlines() or [""])[0]
+                what = f"the model itself does not take that size ({type(error).__name__}: {line})"
+                notes.append(f"{name} {size}: {what}")
+                continue
+            taken.append(size)
+            label = f"{session.provider} {name} {size} "
+            found = _at_one_size(model, session, given, inputs, reference, label)
+            checks.extend(found.checks)
+            facts.update(found.facts)
+        sizes = ", ".join(str(size) for size in sorted(taken))
+        checks.append(
+            Check(
+                f"{session.provider} {name}: sizes run",
+                len(taken) >= _SIZES,
+                detail=f"the model takes {sizes} of those that were tried",
+                way_out=_NOT_FREE,
+            )
+        )
+    return Parity(tuple(checks), facts, tuple(notes))
+
+
+def _edges(own: int, limits: tuple[int, int | None] | None) -> list[int]:
+    """Return the sizes just outside a capture; of a trace, which knows none, far ones both ways."""
+    lower, upper = limits or (own // 4 + 1, 4 * own - 1)
+    return [lower - 1] * (lower > 1) + ([] if upper is None else [upper + 1])
+
+
+def _at_one_size(
+    model: nn.Module,
+    session: Session,
+    given: tuple[tuple[Any, ...], dict[str, Any]],
+    inputs: Sequence[str],
+    reference: Reference,
+    label: str,
+) -> Parity:
+    try:
+        named = dict(zip(inputs, _tensors(model, *given), strict=True))
+        outputs = session_outputs(session, named)
+    except Refused as refusal:
+        return Parity((Check(label + "run", False, detail=str(refusal), way_out=_NOT_FREE),))
+    outcome = _compare(outputs, reference, label, model, given, session)
+    checks = tuple(c if c.passed else replace(c, way_out=_NOT_FREE) for c in outcome.checks)
+    return Parity(checks, {label + name: row for name, row in outcome.facts.items()})
 
 
 def backend_errors(

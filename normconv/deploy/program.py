@@ -1,4 +1,4 @@
-"""From a torch module to an ONNX graph: batch axis, names, capture. Nothing is written here."""
+"""From a torch module to an ONNX graph: free axes, names, capture. Nothing is written here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import onnx_ir as ir
@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from normconv.deploy.axes import Axes, Limits, axis_names, name_axes
 from normconv.deploy.compare import onnx_name
-from normconv.errors import CaptureError, Problem
+from normconv.deploy.inputs import at_size, batch_size, has_batch, named_inputs, resized, size_of
+from normconv.errors import CaptureError, Problem, Refused
 from normconv.graph.quiet import quiet
 from normconv.proof.outputs import flat_outputs
 
-__all__ = ["Program", "batch_size", "flat_forward", "named_inputs", "resized", "to_onnx"]
+__all__ = ["Program", "flat_forward", "to_onnx"]
 
 _BATCH = "batch"
 # Both become BatchNormalization nodes: an instance norm with running statistics does too.
@@ -37,6 +39,8 @@ class Program:
         dynamic: True when the batch axis is free.
         note: why it is not, when a free one was asked for.
         exporter: what captured the module: ``"torch.export"`` or ``"torchscript"``.
+        free: the other axes that are free, by input.
+        limits: the sizes for which the capture holds, by axis name.
     """
 
     model: ir.Model
@@ -45,65 +49,8 @@ class Program:
     dynamic: bool
     note: str = ""
     exporter: str = "torch.export"
-
-
-def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    """Return the first axis of the first tensor that has one; None when there is none.
-
-    >>> batch_size((torch.tensor(3.0), torch.zeros(4, 2)), {})
-    4
-    """
-    for leaf in pytree.tree_leaves((args, dict(kwargs))):
-        if isinstance(leaf, Tensor) and leaf.ndim:
-            return int(leaf.shape[0])
-    return None
-
-
-def resized(value: Any, batch: int, size: int) -> Any:
-    """Return nested inputs with `size` samples: the first ones, then repeats.
-
-    A repeated sample of floats is shrunk by eighths, so that no two samples are the same and a
-    graph that mixes them up is seen.
-
-    Args:
-        value: nested inputs.
-        batch: the first axis of the tensors that are resized; others stay.
-        size: how many samples are wanted.
-    """
-    if size == batch:
-        return value
-
-    def resize(leaf: Any) -> Any:
-        if not _has_batch(leaf, batch):
-            return leaf
-        index = torch.arange(size, device=leaf.device)
-        taken = leaf[index % batch]
-        if not taken.is_floating_point():
-            return taken
-        # 1, 7/8, 6/8 ... 1/8, 1: exact in every dtype.
-        scale = 1.0 - (index // batch % 8).to(taken.dtype) / 8.0
-        return taken * scale.reshape(-1, *([1] * (taken.ndim - 1)))
-
-    return pytree.tree_map(resize, value)
-
-
-def named_inputs(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    """Return every input tensor by the name it has in an exported graph.
-
-    >>> list(named_inputs(nn.Linear(2, 1), (torch.zeros(1, 2),), {}))
-    ['input']
-    """
-    signature = inspect.signature(model.forward)
-    arguments = dict(signature.bind(*args, **kwargs).arguments)
-    for parameter in signature.parameters.values():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            arguments.update(arguments.pop(parameter.name, {}))
-    tensors = flat_outputs(arguments)
-    return {
-        name.removeprefix("output.").replace(".", "_"): value for name, value in tensors.items()
-    }
+    free: Axes = field(default_factory=dict)
+    limits: Limits = field(default_factory=dict)
 
 
 def to_onnx(
@@ -113,6 +60,7 @@ def to_onnx(
     *,
     dynamic_batch: bool,
     opset: int,
+    free: Axes | None = None,
 ) -> Program:
     """Capture a module and translate it to ONNX.
 
@@ -122,12 +70,15 @@ def to_onnx(
         kwargs: example keyword inputs.
         dynamic_batch: leave the batch axis free where that is possible.
         opset: the operator set.
+        free: axes to leave free besides, by input.
 
     Raises:
         CaptureError: no graph could be made, with a free batch or without.
+        Refused: the model fixes the size of an axis of `free`; a CaptureError where a recurrent layer
+            may be the cause.
     """
     with flat_forward(model):
-        return _capture(model, args, kwargs, dynamic_batch, opset)
+        return _capture(model, args, kwargs, dynamic_batch, opset, free or {})
 
 
 def _capture(
@@ -136,6 +87,7 @@ def _capture(
     kwargs: Mapping[str, Any],
     dynamic_batch: bool,
     opset: int,
+    free: Axes,
 ) -> Program:
     batch = batch_size(args, kwargs) if dynamic_batch else None
     note = ""
@@ -143,15 +95,18 @@ def _capture(
         # torch.export takes a size of 0 or 1 for a constant.
         wide = max(batch, 2)
         wide_args, wide_kwargs = resized((args, dict(kwargs)), batch, wide)
-        shapes = _dynamic_shapes(model, wide_args, wide_kwargs, wide)
         try:
-            return _translate(model, wide_args, wide_kwargs, shapes, opset, note)
+            return _freed(model, wide_args, wide_kwargs, opset, free, wide)
+        except Refused:
+            raise
         except Exception as error:
             note = f"the batch axis is fixed at {batch}: a free one failed ({_summary(error)})"
     elif dynamic_batch:
         note = "the batch axis is fixed: no input has one"
     try:
-        return _translate(model, args, dict(kwargs), None, opset, note)
+        return replace(_freed(model, args, dict(kwargs), opset, free, None), note=note)
+    except Refused:
+        raise
     except Exception as error:
         raise CaptureError(
             Problem(
@@ -162,20 +117,78 @@ def _capture(
         ) from error
 
 
+def _freed(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    opset: int,
+    free: Axes,
+    batch: int | None,
+) -> Program:
+    """Capture with the batch axis free, where there is one, and the axes of `free`."""
+    for name in axis_names(free):
+        # As with the batch: a size of 1 would be taken for a constant.
+        if size_of(model, args, kwargs, free, name) == 1:
+            args, kwargs = at_size(model, args, kwargs, free, name, 2)
+    named = named_inputs(model, args, kwargs)
+    axes = {key: dict(free.get(key, {})) for key in named}
+    for key, tensor in named.items():
+        if batch is not None and has_batch(tensor, batch):
+            axes[key][0] = _BATCH
+    names = axis_names(axes)
+    dims: dict[str, Any] = {name: torch.export.Dim(name, min=1) for name in names}
+    try:
+        program = _translate(model, args, kwargs, axes, dims, opset)
+    except Exception as error:
+        if not free:
+            raise
+        # A Dim holds for every size. A hint lets torch say for which sizes its graph holds.
+        hints = dict.fromkeys(dims, torch.export.Dim.AUTO)
+        try:
+            program = _translate(model, args, kwargs, axes, hints, opset)
+        except Exception:
+            raise error from None
+        _refuse_fixed(model, program.limits, axis_names(free), error)
+        if program.limits.get(_BATCH, (0, None)) == (batch, batch):
+            raise
+    return replace(program, dynamic=batch is not None, free=free)
+
+
+def _refuse_fixed(model: nn.Module, limits: Limits, names: list[str], error: Exception) -> None:
+    """Refuse the axes that the model takes at the example's size alone."""
+    guards = [line.strip("- \t") for line in str(error).splitlines() if "guard" in line]
+    problems = [
+        Problem(
+            f"axis {name!r}",
+            f"the model fixes its size at {limits[name][0]}: "
+            + next((line for line in guards if f" {name} =" in line), _summary(error)),
+            "leave it out, or compute what depends on the size from the input's shape, without int()",
+        )
+        for name in names
+        if name in limits and limits[name][0] == limits[name][1]
+    ]
+    if not problems:
+        return
+    # torch.export unrolls a recurrent layer over its time axis; the tracer writes it as one node.
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        raise CaptureError(problems)
+    raise Refused(problems)
+
+
 def _translate(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    shapes: dict[str, Any] | None,
+    axes: Axes,
+    dims: Mapping[str, Any],
     opset: int,
-    note: str,
 ) -> Program:
     with quiet(), torch.no_grad():
         captured = torch.export.export(
             model,
             args,
             kwargs,
-            dynamic_shapes=shapes,
+            dynamic_shapes=_dynamic_shapes(model, args, kwargs, axes, dims) if dims else None,
             strict=False,
             # A guard on the batch becomes a run-time assertion; the checks at other batches decide.
             prefer_deferred_runtime_asserts_over_guards=True,
@@ -196,9 +209,27 @@ def _translate(
         )
     assert program is not None
     graph: ir.Model = program.model
-    _name_batch(graph, shapes)
+    limits = _limits(graph, captured, axes)
+    name_axes(graph, axes)
     names = tuple(str(value.name) for value in graph.graph.inputs)
-    return Program(graph, names, norms, shapes is not None, note)
+    return Program(graph, names, norms, dynamic=False, limits=limits)
+
+
+def _limits(
+    graph: ir.Model, captured: torch.export.ExportedProgram, axes: Axes
+) -> dict[str, tuple[int, int | None]]:
+    """Return for which sizes of each axis the capture holds."""
+    ranges = {str(symbol): span for symbol, span in captured.range_constraints.items()}
+    limits: dict[str, tuple[int, int | None]] = {}
+    for value, its in zip(graph.graph.inputs, axes.values(), strict=False):
+        for axis, name in its.items():
+            size = (value.shape or ())[axis]
+            if isinstance(size, int):
+                limits[name] = (size, size)
+            elif (span := ranges.get(str(size))) is not None:
+                upper: Any = span.upper
+                limits[name] = (int(span.lower), int(upper) if upper.is_Integer else None)
+    return limits
 
 
 @contextlib.contextmanager
@@ -236,39 +267,20 @@ def _is_flat(structure: Any) -> bool:
     )
 
 
-def _has_batch(leaf: Any, batch: int) -> bool:
-    return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
-
-
 def _dynamic_shapes(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    axes: Axes,
+    dims: Mapping[str, Any],
 ) -> dict[str, Any]:
-    dim = torch.export.Dim(_BATCH, min=1)
+    named = named_inputs(model, args, kwargs)
+    of = {id(named[key]): {axis: dims[n] for axis, n in its.items()} for key, its in axes.items()}
     bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    shapes = pytree.tree_map(
-        lambda leaf: {0: dim} if _has_batch(leaf, batch) else None, dict(bound)
-    )
+    # A dict without axes would be taken for a structure.
+    shapes = pytree.tree_map(lambda leaf: of.get(id(leaf)) or None, dict(bound))
     assert isinstance(shapes, dict)
     return shapes
-
-
-def _name_batch(model: ir.Model, shapes: dict[str, Any] | None) -> None:
-    """Call the free axis "batch": the exporter names it after the tracer's symbol (s17)."""
-    if shapes is None:
-        return
-    symbols = {
-        str(value.shape[0])
-        for value in model.graph.inputs
-        if value.shape is not None and len(value.shape) and not isinstance(value.shape[0], int)
-    }
-    if len(symbols) != 1:
-        return
-    symbol = symbols.pop()
-    values = [*model.graph.inputs, *(out for node in model.graph for out in node.outputs)]
-    for value in values:
-        for axis, size in enumerate(value.shape or ()):
-            if str(size) == symbol:
-                value.shape[axis] = ir.SymbolicDim(_BATCH)
 
 
 def _summary(error: BaseException) -> str:

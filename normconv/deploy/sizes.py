@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from normconv.deploy.program import batch_size, resized
+from normconv.deploy.axes import prime_below
+from normconv.deploy.inputs import batch_size, resized
 from normconv.deploy.runners import FileRunner, ModuleRunner, ProgramRunner, Runner
 
-__all__ = ["OTHER_BATCHES", "Sized", "other_sizes", "prime_below"]
+__all__ = ["OTHER_BATCHES", "Sized", "other_sizes"]
 
 #: The batches at which a free batch axis is tried besides the example's own.
 OTHER_BATCHES = (1, 3)
@@ -60,18 +61,6 @@ def other_sizes(
         shorter = None if found is None else prime_below(found)
         if shorter is not None:
             yield Sized(f"{name} {shorter} ", *_shortened(given, free, name, shorter))
-
-
-def prime_below(number: int) -> int | None:
-    """Return the largest odd prime below a number; None where there is none.
-
-    >>> [prime_below(n) for n in (224, 16, 4, 3)]
-    [223, 13, 3, None]
-    """
-    for candidate in range(number - 1, 2, -1):
-        if all(candidate % divisor for divisor in range(2, int(candidate**0.5) + 1)):
-            return candidate
-    return None
 
 
 def _free_axes(

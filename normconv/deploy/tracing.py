@@ -12,13 +12,15 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from normconv.deploy.axes import Axes, axis_names, other_sizes_of
 from normconv.deploy.branches import values_read
 from normconv.deploy.clean import SCOPES_KEY
 from normconv.deploy.compare import onnx_name
-from normconv.deploy.program import Program, batch_size, flat_forward, named_inputs, to_onnx
+from normconv.deploy.inputs import at_size, batch_size, named_inputs, size_of
+from normconv.deploy.program import Program, flat_forward, to_onnx
 from normconv.errors import CaptureError, Problem
 from normconv.graph.quiet import quiet
 
@@ -38,6 +40,7 @@ def to_onnx_or_traced(
     dynamic_batch: bool,
     opset: int,
     traceable: bool,
+    free: Axes | None = None,
 ) -> Program:
     """Capture a module by torch.export, and where that fails by tracing one run of it.
 
@@ -50,18 +53,20 @@ def to_onnx_or_traced(
         traceable: allow the tracer. What it writes holds for one path through the module: none that
             reads values computed from the inputs is traced, and only a file whose numbers are checked
             may come from it.
+        free: axes to leave free besides, by input.
 
     Raises:
         CaptureError: no graph could be made.
+        Refused: the model fixes the size of an axis of `free`.
     """
     try:
-        return to_onnx(model, args, kwargs, dynamic_batch=dynamic_batch, opset=opset)
+        return to_onnx(model, args, kwargs, dynamic_batch=dynamic_batch, opset=opset, free=free)
     except CaptureError as refusal:
         if not traceable:
             raise
         _refuse_branches(model, args, kwargs, refusal)
         try:
-            return _traced(model, args, kwargs, dynamic_batch=dynamic_batch, opset=opset)
+            return _traced(model, args, kwargs, dynamic_batch, opset, free or {})
         except Exception as error:  # a tracer runs the user's code
             line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             also = Problem(type(model).__name__, f"tracing it failed too: {line}")
@@ -91,9 +96,9 @@ def _traced(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    *,
     dynamic_batch: bool,
     opset: int,
+    asked: Axes,
 ) -> Program:
     named = named_inputs(model, args, kwargs)
     batch = batch_size(args, kwargs) if dynamic_batch else None
@@ -103,6 +108,9 @@ def _traced(
         names = [onnx_name(name) for name in outputs]
         free = {**named, **dict(zip(names, outputs.values(), strict=True))}
         axes = {n: {0: "batch"} for n, v in free.items() if v.ndim and v.shape[0] == batch}
+        followed = _followed(model, args, kwargs, asked, outputs)
+        for name, its in (*asked.items(), *((onnx_name(n), its) for n, its in followed.items())):
+            axes[name] = {**axes.get(name, {}), **its}
         with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
             warnings.simplefilter("ignore")
             path = Path(folder) / "traced.onnx"
@@ -127,7 +135,35 @@ def _traced(
         if module := _module_of(str(node.name or "")):
             # As the newer exporter says it; cleaning reads that.
             node.metadata_props[SCOPES_KEY] = repr(["", module, node.name])
-    return Program(graph, tuple(named), norms, batch is not None, _TRACED, "torchscript")
+    return Program(graph, tuple(named), norms, batch is not None, _TRACED, "torchscript", asked)
+
+
+def _followed(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    asked: Axes,
+    outputs: Mapping[str, Tensor],
+) -> dict[str, dict[int, str]]:
+    """Find the axes of the outputs that change with the asked ones: by running another size."""
+    found: dict[str, dict[int, str]] = {}
+    for name in axis_names(asked):
+        own = size_of(model, args, kwargs, asked, name)
+        for size in other_sizes_of(own):
+            given, named = at_size(model, args, kwargs, asked, name, size)
+            try:
+                others = model(*given, **named)
+            except Exception:  # a size that the model itself does not take
+                continue
+            for key, value in outputs.items():
+                for axis, (old, new) in enumerate(
+                    zip(value.shape, others[key].shape, strict=False)
+                ):
+                    if old != new:
+                        label = name if (old, new) == (own, size) else f"{onnx_name(key)}_{axis}"
+                        found.setdefault(key, {})[axis] = label
+            break
+    return found
 
 
 _LAST = re.compile(r"/[^/]*$")

@@ -141,6 +141,7 @@ def test_export_and_verify(digits: Path, tmp_path: Path) -> None:
     document = invoke_json("export", digits, "-o", file, "--opset", "18", "--input", "2x1x8x8")
     assert document["facts"]["opset"] == {"ai.onnx": 18}
     invoke("export", digits, "-o", file, "--opset", "21", code=2)
+    invoke("export", digits, "-o", file, "--input", "2x1x8x8", "--dynamic", "samples", code=2)
 
 
 def test_verify_takes_a_file_as_the_reference(digits: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import normconv
 from normconv.deploy import Session, export_onnx, onnx_graph, write
 from normconv.deploy import export as export_module
 from normconv.deploy import parity as parity_module
-from normconv.deploy import program as program_module
+from normconv.deploy.inputs import resized
 from normconv.errors import CaptureError, CheckFailed, UsageError
 from normconv.proof import evaluate
 from tests.deploy.deploy_nets import (
@@ -400,12 +400,12 @@ def test_float16_on_cpu_is_noted(tmp_path):
 
 def test_resized_makes_samples_that_differ():
     x = torch.ones(2, 3)
-    wider = program_module.resized((x, torch.ones(5), 7), 2, 5)
+    wider = resized((x, torch.ones(5), 7), 2, 5)
     assert wider[0].shape == (5, 3)
     assert torch.equal(wider[0][:2], x)
     assert wider[0][:, 0].tolist() == [1.0, 1.0, 0.875, 0.875, 0.75]
     assert wider[1].shape == (5,)
-    assert program_module.resized(x, 2, 1).shape == (1, 3)
+    assert resized(x, 2, 1).shape == (1, 3)
 
 
 @pytest.mark.gpu
