@@ -292,7 +292,8 @@ def test_parametrizations_without_a_value_are_left_and_named(
 
 
 def test_compiled_code_is_left_and_named() -> None:
-    with pytest.warns(FutureWarning, match="trace"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # each version of torch deprecates it in other words
         traced = torch.jit.trace(nn.Sequential(old_weight_norm(nn.Linear(3, 2))), torch.ones(1, 3))
     net = nn.Sequential(traced, parametrizations.weight_norm(nn.Linear(2, 2)))
     folded, report = nc.fold(net)
