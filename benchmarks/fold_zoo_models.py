@@ -165,6 +165,20 @@ RECIPES: dict[str, Recipe] = {
     ),
     "wav2vec2": Recipe("Wav2Vec2Model", _SOUND, _SPEECH),
     "wav2vec2_conformer": Recipe("Wav2Vec2ConformerModel", _SOUND, _SPEECH),
+    "wavtokenizer": Recipe(
+        "WavTokenizerModel",
+        {"encoder_model.encoder": _normal(hidden_states=(1, 1, 800))},
+        {
+            "hidden_size": 32,
+            "num_filters": 8,
+            "upsampling_ratios": [4, 2],
+            "codebook_dim": 32,
+            "decoder_hidden_size": 32,
+            "decoder_intermediate_size": 64,
+            "decoder_num_layers": 1,
+            "decoder_attention_num_groups": 8,
+        },
+    ),
     "wavlm": Recipe("WavLMModel", _SOUND, _SPEECH),
     "xcodec": Recipe("XcodecModel", _TOKENS, _TOKENIZER),
 }
