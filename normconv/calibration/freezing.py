@@ -17,11 +17,11 @@ from normconv.calibration.passes import Partial
 from normconv.calibration.patches import can_refit
 from normconv.calibration.ranks import of_all_ranks
 from normconv.calibration.refit import Refit, refit_
-from normconv.calibration.replay import Cache, Replay, shelf_of
+from normconv.calibration.replay import Cache, Replay, replayed, shelf_of
 from normconv.folding.constant_norms import normalized
 from normconv.graph import NormState
 from normconv.graph.rewrite import normalizer_name
-from normconv.layers import ConstantNorm, copy_model
+from normconv.layers import ConstantNorm
 from normconv.numerics import Moments, moments_of
 from normconv.plan import Plan, Step
 
@@ -207,11 +207,6 @@ class _Run:
         student, teacher = self.passes
         return Partial(student, places, mine), Partial(teacher, sites, theirs)
 
-    def repeats_itself(self) -> bool:
-        """Say whether both models put out the same with what passes kept and without."""
-        first = [inputs for inputs, _ in zip(self.data, range(2), strict=False)]
-        return all(replay.repeats_itself(first) for replay in self.passes)
-
 
 def _unchanged(norm: ConstantNorm) -> NormState:
     """The map that changes nothing: a `Refit` then takes the outputs that it is given as they are."""
@@ -271,22 +266,12 @@ def freeze(
     layers = _layers_of(model, steps) if refit else {}
     order = [step.site for step in steps if step.phase == "eval"]
 
-    def carried_out(cache: Cache) -> tuple[_Run, bool]:
-        twin = copy_model(model)
-        with shelf_of(cache) as shelf:
-            passes = Replay(twin, shelf), Replay(teacher, shelf)
-            run = _Run(twin, teacher, passes, data, count, layers)
-            try:
-                run.carry_out(order, progress)
-                return run, run.repeats_itself()
-            except (AttributeError, KeyError, TypeError):  # what was left behind is not there
-                if cache == "none":
-                    raise
-                return run, False
+    def work(twin: nn.Module, replays: tuple[Replay, Replay]) -> _Run:
+        run = _Run(twin, teacher, replays, data, count, layers)
+        run.carry_out(order, progress)
+        return run
 
-    run, steady = carried_out(cache)
-    if not all(of_all_ranks(steady)):  # modules that do more than put something out
-        run, _ = carried_out("none")
+    run = replayed(model, teacher, data, cache, work)
     after = measure_drift(teacher, run.model, steps, measured)
     return Frozen(run.model, before, after, tuple(run.notes))
 

@@ -11,18 +11,24 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from normconv.calibration.batches import Batches
+from normconv.calibration.ranks import of_all_ranks
 from normconv.errors import Problem, UsageError
+from normconv.layers import copy_model
 from normconv.numerics import evaluating, relative_l2
 from normconv.proof import flat_outputs
 
-__all__ = ["Cache", "Replay", "Shelf", "shelf_of"]
+__all__ = ["Cache", "Replay", "Shelf", "replayed", "shelf_of"]
+
+Found = TypeVar("Found")
 
 Cache = Literal["memory", "disk", "none"]
 _ROOM = 2**31  # bytes of memory
@@ -284,3 +290,43 @@ def _equal(one: Any, other: Any) -> bool:
         torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
         for a, b in zip(mine, theirs, strict=True)
     )
+
+
+def replayed(
+    model: nn.Module,
+    other: nn.Module,
+    data: Batches,
+    cache: Cache,
+    work: Callable[[nn.Module, tuple[Replay, Replay]], Found],
+) -> Found:
+    """Do work on a copy of a model, with replays of the copy and of another.
+
+    Where a model does more than put something out, which shows by the end at the latest, the work is done
+    again on a new copy, without a shelf.
+
+    Args:
+        model: copied.
+        other: not changed by the work.
+        data: what the passes go over.
+        cache: where outputs are kept.
+        work: takes the copy and both replays.
+    """
+
+    def once(cache: Cache) -> tuple[Found | None, bool]:
+        twin = copy_model(model)
+        with shelf_of(cache) as shelf:
+            replays = Replay(twin, shelf), Replay(other, shelf)
+            try:
+                found = work(twin, replays)
+                first = list(islice(data, 2))
+                return found, all(replay.repeats_itself(first) for replay in replays)
+            except (AttributeError, KeyError, TypeError):  # what was left behind is not there
+                if cache == "none":
+                    raise
+                return None, False
+
+    found, steady = once(cache)
+    if not all(of_all_ranks(steady)) or found is None:
+        found, _ = once("none")
+    assert found is not None
+    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,11 +17,11 @@ from normconv.calibration.passes import Partial
 from normconv.calibration.patches import can_refit
 from normconv.calibration.ranks import of_all_ranks
 from normconv.calibration.refit import Fitted, Refit, refit_
-from normconv.calibration.replay import Cache, Replay, shelf_of
+from normconv.calibration.replay import Cache, Replay, replayed
 from normconv.errors import CheckFailed, Problem, UsageError
 from normconv.graph import Names, NormState, norm_state
 from normconv.graph.rewrite import normalizer_name
-from normconv.layers import WeightStandardized, copy_model
+from normconv.layers import WeightStandardized
 from normconv.numerics import evaluating
 from normconv.plan import Plan, Step, record
 from normconv.report import Check, Report
@@ -122,11 +121,6 @@ class _Run:
     def _touched(self, step: Step) -> list[str]:
         return [*step.producers, step.site, normalizer_name(self.model, step.site)]
 
-    def repeats_itself(self) -> bool:
-        """Say whether both models put out the same with what passes kept and without."""
-        first = list(itertools.islice(self.data, 2))
-        return all(replay.repeats_itself(first) for replay in self.passes)
-
     def _matches(self, steps: Sequence[Step]) -> dict[str, Match]:
         """Run both models as far as these sites, over all the data."""
         matches: dict[str, Match] = {}
@@ -215,22 +209,12 @@ def calibrate(
     before = measure_drift(reference, model, plan.steps, measured)
     count = sum(of_all_ranks(used["batches"]))
 
-    def carried_out(cache: Cache) -> tuple[_Run, bool]:
-        twin = copy_model(model)
-        with shelf_of(cache) as shelf:
-            replays = Replay(twin, shelf), Replay(reference, shelf)
-            run = _Run(twin, reference, replays, batches, count, refit)
-            try:
-                run.carry_out(steps, progress)
-                return run, run.repeats_itself()
-            except (AttributeError, KeyError, TypeError):  # what was left behind is not there
-                if cache == "none":
-                    raise
-                return run, False
+    def work(twin: nn.Module, replays: tuple[Replay, Replay]) -> _Run:
+        run = _Run(twin, reference, replays, batches, count, refit)
+        run.carry_out(steps, progress)
+        return run
 
-    found, steady = carried_out(cache)
-    if not all(of_all_ranks(steady)):  # modules that do more than put something out
-        found, _ = carried_out("none")
+    found = replayed(model, reference, batches, cache, work)
     twin = found.model
     after = measure_drift(reference, twin, plan.steps, measured)
     done = replace(plan, steps=tuple(_measured(step, found) for step in plan.steps))

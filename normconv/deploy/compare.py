@@ -26,6 +26,8 @@ __all__ = [
 #: A float64 run has no finer reference; deep networks amplify its rounding to about this.
 FLOAT64_BOUND = 1e-10
 
+_MOST_FORGIVEN = 10.0
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -61,6 +63,17 @@ class Reference:
             if measured == measured
             else measured
         )
+
+    def backend_error(self, name: str, own: Tensor, eps: float) -> float:
+        """Return the original's own rel-L2 error on a backend, as far as it is forgiven.
+
+        At most ten times max(eps, its error on torch): a backend that computes the original so much worse
+        is a fault to see, not noise; it also keeps a fault of the exporter, which both files would have,
+        out.
+        """
+        value = self.exact[name]
+        limit = _MOST_FORGIVEN * max(eps, relative_l2(self.native[name], value))
+        return min(relative_l2(own, value), limit)
 
     def bound(self, name: str, candidate: Tensor, backend_error: float = 0.0) -> float:
         """Return the largest error of `candidate` that rounding explains.

@@ -14,16 +14,11 @@ from normconv.deploy.forms import Forms
 from normconv.deploy.runners import FileRunner, ModuleRunner, ProgramRunner, Runner
 from normconv.errors import NormconvError
 from normconv.layers import copy_model
-from normconv.numerics.error import relative_l2
 
 __all__ = ["TF32_EPS", "Floors"]
 
 #: TF32 keeps ten bits of the mantissa.
 TF32_EPS = 2.0**-10
-
-# A backend that computes the original itself this much worse than torch does is a fault to see, not
-# noise to forgive; it also keeps a fault of the exporter, which both files would have, out.
-_MOST_FORGIVEN = 10.0
 
 
 class Floors:
@@ -85,8 +80,7 @@ class Floors:
             eps = torch.finfo(dtype or native.dtype).eps
             if self.tf32 and on_gpu and native.dtype == torch.float32:
                 eps = max(eps, TF32_EPS)
-            limit = _MOST_FORGIVEN * max(eps, relative_l2(native, value))
-            found[name] = min(relative_l2(own[name], value), limit)
+            found[name] = reference.backend_error(name, own[name], eps)
         return found
 
     def _runner(

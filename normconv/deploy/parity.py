@@ -22,15 +22,11 @@ from normconv.deploy.verification import verify
 from normconv.deploy.write import save
 from normconv.errors import NormconvError, Refused
 from normconv.layers import copy_model
-from normconv.numerics import give_back_memory, relative_l2
+from normconv.numerics import give_back_memory
 from normconv.proof.outputs import evaluate
 from normconv.report import Check
 
 __all__ = ["Parity", "backend_errors", "backend_parity", "rounded_parity"]
-
-# A backend that computes the original itself this much worse than torch does is a fault to see, not
-# noise to forgive; it also keeps a fault of the exporter, which both files would have, out.
-_MOST_FORGIVEN = 10.0
 
 _RAN = ("outputs", "nodes_by_provider", "first to leave the bound")
 _FIXED = "export with dynamic_batch=False"
@@ -255,14 +251,14 @@ def backend_errors(
             )
         except (NormconvError, RuntimeError, ValueError):
             return {}
+    reference = Reference(exact, native)
     found = {}
     for name, value in exact.items():
         own = outputs.get(onnx_name(name))
         if own is None or own.shape != value.shape or not native[name].is_floating_point():
             continue
         eps = torch.finfo(native[name].dtype).eps
-        limit = _MOST_FORGIVEN * max(eps, relative_l2(native[name], value))
-        found[name] = min(relative_l2(own, value), limit)
+        found[name] = reference.backend_error(name, own, eps)
     return found
 
 
